@@ -1,0 +1,25 @@
+"""int4q: 4-bit weights for PyTorch linear and mixture-of-experts layers.
+
+from int4q import Int4WeightOnlyConfig, quantize_
+quantize_(model, Int4WeightOnlyConfig(version=2))
+"""
+
+from int4q._version import __version__
+from int4q.config import Int4SkipWarning, Int4WeightOnlyConfig, quantize_
+from int4q.kernels.registry import KernelPreference, kernel_preference
+from int4q.report import Summary, summary
+from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
+
+__all__ = [
+    "CpuPackedInt4Tensor",
+    "CudaCoalescedInt4Tensor",
+    "Int4SkipWarning",
+    "Int4Tensor",
+    "Int4WeightOnlyConfig",
+    "KernelPreference",
+    "Summary",
+    "__version__",
+    "kernel_preference",
+    "quantize_",
+    "summary",
+]

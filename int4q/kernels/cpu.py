@@ -1,0 +1,152 @@
+"""CPU kernels: the compiled one on plain bytes, torch's own on packed ones, blocks for the rest.
+
+None builds a dequantised copy of a large weight: the first two read 4-bit data, the blocked one
+holds one cache-sized block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int4q.kernels import aten_packed, native_cpu, reference
+from int4q.kernels.registry import Kernel, KernelPreference, Problem
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Rows of a batch up to which torch's int4 kernel beats dequantising blocks: its time grows with
+# M (it re-reads the weight's registers every four rows), the blocks' hardly does.
+_PACKED_MAX_M = 64
+# A dequantised block fits in a core's L2 (elements; 2 MiB in bfloat16).
+_BLOCK_ELEMENTS = 1 << 20
+# A weight smaller than this is not worth a warning about its speed (bytes of qdata).
+_ANNOUNCE_BYTES = 1 << 20
+
+
+def _on_cpu(problem: Problem) -> str | None:
+    return None if problem.device == "cpu" else f"runs on cpu, not {problem.device}"
+
+
+def packed_unsupported(problem: Problem) -> str | None:
+    """Why torch's CPU int4 kernel cannot run ``problem``, or ``None``."""
+    if reason := _on_cpu(problem):
+        return reason
+    if problem.dtype not in _FLOATS:
+        return f"takes float32, float16 and bfloat16 activations, not {problem.dtype}"
+    if problem.N % aten_packed.N_MULTIPLE:
+        return f"N must be a multiple of {aten_packed.N_MULTIPLE}, not {problem.N}"
+    if problem.M > _PACKED_MAX_M:
+        return f"slower than blocks above M = {_PACKED_MAX_M}"
+    return None
+
+
+def packed_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
+    """``x [M, K]`` times a weight in torch's CPU layout.
+
+    Args:
+        packed: uint8 ``[N, K/2]``, see :mod:`int4q.kernels.aten_packed`.
+        scale_and_zero: ``[n_groups, N, 2]``; the product runs in the wider of its dtype and
+            ``x``'s, so neither is rounded.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    dtype = reference.compute_dtype(x, scale_and_zero)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x.to(dtype).contiguous(), packed, group_size, scale_and_zero.to(dtype)
+    )
+    return y.to(x.dtype)
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs."""
+    problem = (1, qdata.shape[0], 2 * qdata.shape[1], group_size, dtype, scale.dtype)
+    if dtype != torch.float16 and native_cpu.unsupported(*problem) is None:
+        return native_cpu.dequantize(qdata, scale, zero_point, group_size, dtype)
+    return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
+
+
+def _row_blocks(N: int, K: int) -> list[slice]:
+    rows = max(1, _BLOCK_ELEMENTS // max(K, 1))
+    return [slice(n, min(n + rows, N)) for n in range(0, N, rows)]
+
+
+def blocked_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`reference.linear`, dequantising one block of weight rows at a time."""
+    dtype = reference.compute_dtype(x, scale)
+    xc = x.to(dtype)
+    y = x.new_empty((x.shape[0], qdata.shape[0]))
+    for rows in _row_blocks(qdata.shape[0], x.shape[1]):
+        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        y[:, rows] = F.linear(xc, w, None if bias is None else bias[rows].to(dtype))
+    return y
+
+
+def blocked_grad_input(
+    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+) -> Tensor:
+    """:func:`reference.grad_input`, one block of weight rows at a time, summed in float32."""
+    dtype = reference.compute_dtype(grad, scale)
+    K = 2 * qdata.shape[1]
+    total = grad.new_zeros((grad.shape[0], K), dtype=torch.promote_types(dtype, torch.float32))
+    for rows in _row_blocks(qdata.shape[0], K):
+        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        total += grad[:, rows].to(dtype) @ w
+    return total.to(grad.dtype)
+
+
+def _packed_blocks(packed: Tensor, group_size: int) -> list[slice]:
+    block = aten_packed.block_rows()
+    step = max(block, _BLOCK_ELEMENTS // max(2 * packed.shape[1], 1) // block * block)
+    return [slice(n, n + step) for n in range(0, packed.shape[0], step)]
+
+
+def unpacking_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
+    """:func:`packed_linear` for many rows: unpack and dequantise block by block, then matmul."""
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    for rows in _packed_blocks(packed, group_size):
+        scale, zero_point = scale_and_zero[:, rows].unbind(-1)
+        qdata = aten_packed.unpack(packed[rows])
+        y[:, rows] = blocked_linear(x, qdata, scale, zero_point, group_size)
+    return y
+
+
+def _native_unsupported(problem: Problem) -> str | None:
+    return _on_cpu(problem) or native_cpu.unsupported(
+        problem.M, problem.N, problem.K, problem.group_size, problem.dtype, problem.scale_dtype
+    )
+
+
+def _announced_blocked_linear(x: Tensor, qdata: Tensor, *rest) -> Tensor:
+    if x.shape[0] <= native_cpu.DECODE_MAX_M and qdata.numel() >= _ANNOUNCE_BYTES:
+        problem = (x.shape[0], qdata.shape[0], x.shape[1], rest[2], x.dtype, rest[0].dtype)
+        _announce(native_cpu.unsupported(*problem) or "its kernel was not chosen")
+    return blocked_linear(x, qdata, *rest)
+
+
+@functools.cache
+def _announce(reason: str) -> None:
+    warnings.warn(
+        f"plain 4-bit weights run on a slow path on this CPU: {reason}; "
+        'int4_packing_format="cpu_packed" is faster here',
+        stacklevel=2,
+    )
+
+
+native = Kernel("cpu_native", KernelPreference.TORCH, _native_unsupported, native_cpu.linear)
+blocked = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _announced_blocked_linear)
+blocked_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, blocked_grad_input)
+packed = Kernel("aten_int4pack", KernelPreference.TORCH, packed_unsupported, packed_linear)
+unpacking = Kernel("unpack_blocks", KernelPreference.TORCH, _on_cpu, unpacking_linear)

@@ -1,0 +1,123 @@
+"""Plain torch, any device: the definition of right for every op.
+
+Weights here are parts: ``qdata`` int8 ``[N, K/2]`` (signed nibbles), ``scale`` and
+``zero_point`` indexed ``[n_groups, N]`` with any strides, ``value = q * scale + zero_point``.
+Nothing here is in a hurry; what is fast lives beside it and is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int4q.packing import offset_to_signed, unpack_nibbles
+
+INT8_BLOCK = 32
+"""Activation elements that share one int8 scale in W4A8."""
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``q * scale + zero_point`` in float32 (float64 for that dtype), rounded once.
+
+    Args:
+        qdata: int8 ``[..., N, K/2]``.
+        scale, zero_point: ``[..., n_groups, N]``.
+        dtype: of the result.
+
+    Returns:
+        ``[..., N, K]``.
+    """
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    q = unpack_nibbles(qdata).to(compute).unflatten(-1, (-1, group_size))
+    s = scale.transpose(-1, -2).to(compute).unsqueeze(-1)
+    z = zero_point.transpose(-1, -2).to(compute).unsqueeze(-1)
+    return (q * s + z).flatten(-2).to(dtype)
+
+
+def compute_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
+    """What a matmul runs in: the wider of activation and scale, so neither is rounded."""
+    return torch.promote_types(x.dtype, scale.dtype)
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x [M, K] @ W.T + bias`` with the weight dequantised to the compute dtype.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    dtype = compute_dtype(x, scale)
+    w = dequantize(qdata, scale, zero_point, group_size, dtype)
+    y = F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
+    return y.to(x.dtype)
+
+
+def grad_input(
+    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+) -> Tensor:
+    """``grad [M, N] @ W``: what :func:`linear` passes back to ``x``; ``[M, K]``."""
+    dtype = compute_dtype(grad, scale)
+    w = dequantize(qdata, scale, zero_point, group_size, dtype)
+    return (grad.to(dtype) @ w).to(grad.dtype)
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per 32 elements: ``d = amax / 127``, ``xq = round_half_to_even(x / d)``.
+
+    Args:
+        x: floating ``[M, K]``, K a multiple of 32.
+
+    Returns:
+        ``xq`` int8 ``[M, K/32, 32]`` and ``d`` float32 ``[M, K/32]`` (0 for an all-zero block).
+    """
+    blocks = x.float().unflatten(-1, (-1, INT8_BLOCK))
+    amax = blocks.abs().amax(dim=-1)
+    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
+    xq = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
+    return xq.to(torch.int8), amax / 127.0
+
+
+def linear_int8(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+) -> Tensor:
+    """W4A8: int32 dot products of int8 activations and 4-bit weights, scaled in float32.
+
+    ``y[m, n] = sum_b d[m, b] * (scale[g, n] * dot[m, b, n] + zero_point[g, n] * sum(xq[m, b]))``
+    over blocks ``b`` of 32, ``g = 32 * b // group_size``.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    xq, d = quantize_activation(x)
+    q = unpack_nibbles(qdata).unflatten(-1, (-1, INT8_BLOCK))
+    # float32 holds these sums exactly: |xq * q| summed over 32 stays under 2^24.
+    dot = torch.einsum("mbk,nbk->mbn", xq.float(), q.float())
+    total = xq.sum(dim=-1, dtype=torch.int32).float()
+    per_group = group_size // INT8_BLOCK
+    s = scale.float().repeat_interleave(per_group, dim=0)
+    z = zero_point.float().repeat_interleave(per_group, dim=0)
+    y = (d.unsqueeze(-1) * (dot * s + total.unsqueeze(-1) * z)).sum(dim=1)
+    return y.to(x.dtype)
+
+
+def dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """``(u - 8) * scale`` in float32, rounded once to bfloat16.
+
+    Args:
+        w_packed: int8 ``[N, K/2]``, offset-binary nibbles ``u``.
+        w_scale: ``[N, K/group_size]``.
+
+    Returns:
+        bfloat16 ``[N, K]``.
+    """
+    q = unpack_nibbles(offset_to_signed(w_packed)).float().unflatten(-1, (-1, group_size))
+    return (q * w_scale.float().unsqueeze(-1)).flatten(-2).to(torch.bfloat16)

@@ -1,0 +1,126 @@
+"""A high-precision weight -> 4-bit values, scales and zero points.
+
+Every algorithm maps groups ``[n, group_size]`` (float32) to ``(q, scale, zero_point)`` with
+``w ~ q * scale + zero_point`` and ``q`` in -8..7; :func:`quantize` applies it a bounded number
+of rows at a time, so that the float32 working copies stay small next to the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from int4q import errors
+from int4q.packing import pack_nibbles
+
+Q_MIN, Q_MAX = -8, 7
+LEVELS = Q_MAX - Q_MIN
+# Working-set bound of one step of `quantize`, in weight elements (four float32 copies: 32 MiB).
+_CHUNK_ELEMENTS = 1 << 21
+
+
+def minmax(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric min-max, bit for bit what fbgemm's ``int4_row_quantize_zp`` computes.
+
+    Args:
+        groups: float32 ``[n, group_size]``.
+
+    Returns:
+        ``q`` int8 ``[n, group_size]``, ``scale`` and ``zero_point`` float32 ``[n, 1]``:
+        ``scale = max(max - min, 1e-6) / 15``, ``zero_point = min + 8 * scale``.
+    """
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = (high - low).clamp(min=1e-6) / LEVELS
+    zero_point = low + scale * -Q_MIN
+    q = (groups - low).div_(scale).round_().clamp_(0, LEVELS)
+    return q.sub_(-Q_MIN).to(torch.int8), scale, zero_point
+
+
+def symmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric abs-max: ``scale = max(|w|, 1e-6) / 7``, zero point 0."""
+    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / Q_MAX
+    q = (groups / scale).round_().clamp_(Q_MIN, Q_MAX)
+    return q.to(torch.int8), scale, torch.zeros_like(scale)
+
+
+def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    """Half-quadratic quantisation: min-max scales, zero points refined against an l_0.7 norm.
+
+    Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): the
+    error is split by a generalised soft threshold into outliers and the rest, and the zero
+    point is refitted to the rest until the mean error stops falling.
+    """
+    norm, beta, growth = 0.7, 10.0, 1.01
+    _, scale, zero_point = minmax(groups)
+    best = (groups.new_full((), float("inf")), zero_point)
+    for _ in range(steps):
+        q = ((groups - zero_point) / scale).round_().clamp_(Q_MIN, Q_MAX)
+        error = groups - (q * scale + zero_point)
+        mean_error = error.abs().mean()
+        best = tuple(
+            torch.where(mean_error < best[0], new, old)
+            for new, old in zip((mean_error, zero_point), best, strict=True)
+        )
+        size = error.abs()
+        outliers = error.sign() * (size - size.clamp(min=1e-8).pow(norm - 1) / beta).clamp(min=0)
+        zero_point = (groups - outliers - q * scale).mean(dim=-1, keepdim=True)
+        beta *= growth
+    zero_point = best[1]
+    q = ((groups - zero_point) / scale).round_().clamp_(Q_MIN, Q_MAX)
+    return q.to(torch.int8), scale, zero_point
+
+
+Algorithm = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+ALGORITHMS: dict[str, Algorithm] = {"tinygemm": minmax, "symmetric": symmetric, "hqq": hqq}
+
+
+def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise ``w`` along its last dim.
+
+    Args:
+        w: float32, float16 or bfloat16 ``[..., K]``, K a multiple of ``group_size``.
+        group_size: elements that share a scale and a zero point.
+        algorithm: a key of ``ALGORITHMS``; ``"tinygemm"`` is :func:`minmax`.
+
+    Returns:
+        ``qdata`` int8 ``[..., K/2]`` (packed nibbles), ``scale`` and ``zero_point``
+        ``[..., K/group_size]`` in ``w.dtype``.
+
+    Raises:
+        ValueError: an unknown algorithm, or NaN or Inf in ``w``.
+    """
+    if algorithm not in ALGORITHMS:
+        raise errors.value(f"the algorithm must be one of {sorted(ALGORITHMS)}", repr(algorithm))
+    rows = w.reshape(-1, w.shape[-1])
+    n_rows, K = rows.shape
+    n_groups = K // group_size
+    qdata = rows.new_empty((n_rows, K // 2), dtype=torch.int8)
+    scale = rows.new_empty((n_rows, n_groups))
+    zero_point = torch.empty_like(scale)
+    step = max(1, _CHUNK_ELEMENTS // max(K, 1))
+    for start in range(0, n_rows, step):
+        chunk = slice(start, min(start + step, n_rows))
+        groups = rows[chunk].reshape(-1, group_size).float()
+        q, s, z = ALGORITHMS[algorithm](groups)
+        _check_finite(s)
+        qdata[chunk] = pack_nibbles(q.view(-1, K))
+        scale[chunk] = s.view(-1, n_groups).to(w.dtype)
+        zero_point[chunk] = z.view(-1, n_groups).to(w.dtype)
+    lead = w.shape[:-1]
+    return (
+        qdata.view(*lead, K // 2),
+        scale.view(*lead, n_groups),
+        zero_point.view(*lead, n_groups),
+    )
+
+
+def _check_finite(per_group: Tensor) -> None:
+    # NaN and Inf reach the scale of their group, so one value a group tells. Traced, fake and
+    # meta weights have no values to look at.
+    if torch.compiler.is_compiling() or per_group.is_meta or isinstance(per_group, FakeTensor):
+        return
+    if not bool(per_group.isfinite().all()):
+        raise errors.value("a weight to quantise must be finite", "NaN or Inf in it")

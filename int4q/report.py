@@ -1,0 +1,141 @@
+"""``int4q.summary(model)``: what was quantised, what was not and why, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from int4q.config import SKIPPED
+from int4q.tensor.base import Int4TensorBase
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the report.
+
+    Attributes:
+        name: fully qualified.
+        kind: class of the tensor, or its dtype.
+        shape: logical shape.
+        group_size: of a 4-bit weight, else ``None``.
+        bytes_before: at the weight's own dtype, unquantised.
+        bytes_after: held now, scales and zero points included.
+        reason: why it was left as it is, ``None`` where it is quantised or never was asked to be.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int
+    reason: str | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits held for one logical element."""
+        return 8 * self.bytes_after / max(1, torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` returns.
+
+    Attributes:
+        quantized: the 4-bit weights.
+        skipped: linear weights (and what a config named) that stayed as they were.
+        bytes_before, bytes_after: of all parameters and buffers, shared ones once.
+    """
+
+    quantized: tuple[Weight, ...]
+    skipped: tuple[Weight, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits for one logical element of the quantised weights."""
+        elements = sum(torch.Size(w.shape).numel() for w in self.quantized)
+        return 8 * sum(w.bytes_after for w in self.quantized) / max(1, elements)
+
+
+def summary(model: nn.Module, *, show: bool = True, console: Console | None = None) -> Summary:
+    """Report on ``model``; prints a table unless ``show=False``.
+
+    Args:
+        model: any module, quantised by int4q or not.
+        show: print the table.
+        console: where to; the standard output by default.
+    """
+    quantized, skipped, before, after = [], [], 0, 0
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        reasons = module.__dict__.get(SKIPPED, {})
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, t in own:
+            weight = _weight(f"{prefix}.{name}" if prefix else name, t, reasons.get(name))
+            if isinstance(t, Int4TensorBase):
+                quantized.append(weight)
+            elif name in reasons or (isinstance(module, nn.Linear) and name == "weight"):
+                skipped.append(weight)
+            if id(t) not in seen:
+                seen.add(id(t))
+                before += weight.bytes_before
+                after += weight.bytes_after
+    result = Summary(tuple(quantized), tuple(skipped), before, after)
+    if show:
+        _print(result, console or Console())
+    return result
+
+
+def _weight(name: str, t: torch.Tensor, reason: str | None) -> Weight:
+    size = t.numel() * t.element_size()
+    if isinstance(t, Int4TensorBase):
+        kind, group_size, after = type(t).__name__, t.group_size, t.nbytes
+    else:
+        kind, group_size, after = str(t.dtype).removeprefix("torch."), None, size
+        reason = reason or "not selected"
+    return Weight(name, kind, tuple(t.shape), group_size, size, after, reason)
+
+
+def _print(result: Summary, console: Console) -> None:
+    console.print(_headline(result))
+    if result.quantized:
+        table = Table("weight", "held as", "shape")
+        for column in ("group", "before", "after", "bits"):
+            table.add_column(column, justify="right")
+        for w in result.quantized:
+            table.add_row(
+                w.name,
+                w.kind,
+                "x".join(map(str, w.shape)),
+                str(w.group_size),
+                _size(w.bytes_before),
+                _size(w.bytes_after),
+                f"{w.bits_per_weight:.2f}",
+            )
+        console.print(table)
+    for w in result.skipped:
+        console.print(
+            f"left as {w.kind}: {w.name} [{_size(w.bytes_after)}], {w.reason}", markup=False
+        )
+
+
+def _headline(result: Summary) -> str:
+    return (
+        f"{len(result.quantized)} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "
+        f"scales included), {len(result.skipped)} left; model {_size(result.bytes_before)} -> "
+        f"{_size(result.bytes_after)}"
+    )
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"

@@ -1,0 +1,335 @@
+"""What both weight layouts share: their parts, the checks on them, and how they are rebuilt.
+
+A layout is a class that says, in ``parts``, how each component is held: whether its last two
+storage dims are swapped, and how many logical elements one entry covers along the grouped dim.
+Every shape op (``shape_ops.py``) and every matmul (``compute_ops.py``) is written once against
+that description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from int4q import errors, geometry, qparams
+from int4q.kernels import cpu, reference
+from int4q.ops import SCALE_DTYPES
+
+_KEEP = object()
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a layout holds one component.
+
+    Attributes:
+        swapped: the last two storage dims are exchanged (``[.., n_groups, N]``).
+        nibbles: one entry packs two values; otherwise one entry serves a whole group.
+    """
+
+    swapped: bool = False
+    nibbles: bool = False
+
+    def swap(self, t: Tensor) -> Tensor:
+        """Storage order <-> the order held; a view, and its own inverse."""
+        return t.transpose(-1, -2) if self.swapped and t.ndim > 1 else t
+
+    def unit(self, group_size: int) -> int:
+        """Logical elements one entry covers along the grouped dim."""
+        return geometry.NIBBLES_PER_BYTE if self.nibbles else group_size
+
+
+class Int4TensorBase(TorchAOBaseTensor):
+    """A 4-bit weight in some layout. Not made directly: see :class:`int4q.Int4Tensor`.
+
+    The wrapper reports the logical shape, the dtype of its scales, and contiguous strides
+    whatever the strides of its parts.
+    """
+
+    tensor_data_names = ["qdata", "scale", "zero_point"]
+    tensor_attribute_names = ["block_size", "shape"]
+    optional_tensor_data_names = ["act_pre_scale"]
+    optional_tensor_attribute_names = ["activation_dtype"]
+
+    parts: ClassVar[dict[str, Part]]
+    activation_dtypes: ClassVar[tuple[torch.dtype, ...]]
+    """Allowed ``activation_dtype`` values, the default first."""
+    other_layout_fix: ClassVar[str]
+    """What to do with scales that have the other layout's shape."""
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        block_size: list[int],
+        shape: Sequence[int],
+        act_pre_scale: Tensor | None = None,
+        activation_dtype: torch.dtype | None = None,
+    ):
+        cls._check(qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=scale.dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        block_size: list[int],
+        shape: Sequence[int],
+        act_pre_scale: Tensor | None = None,
+        activation_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.qdata = qdata
+        self.scale = scale
+        self.zero_point = zero_point
+        self.block_size = list(block_size)
+        self.act_pre_scale = act_pre_scale
+        self.activation_dtype = activation_dtype or self.activation_dtypes[0]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # torchao's base sets __setstate__ on every subclass it creates; ours checks the parts.
+        cls.__setstate__ = _checked_setstate
+
+    @classmethod
+    def _check(
+        cls, qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype
+    ) -> None:
+        """Raise ``TypeError`` or ``ValueError`` unless the parts make one weight."""
+        if len(block_size) != len(shape):
+            raise errors.value(
+                f"block_size must have one entry for each of the {len(shape)} dims of shape",
+                list(block_size),
+            )
+        grouped = geometry.grouped_dim(block_size)
+        group_size = block_size[grouped]
+        storage = geometry.storage_shape(shape, grouped)
+        if storage[-1] % group_size:
+            raise errors.value(
+                f"the grouped dim {grouped} must be a multiple of group_size {group_size}",
+                storage[-1],
+            )
+        for name, part in (("qdata", qdata), ("scale", scale), ("zero_point", zero_point)):
+            cls._check_part(name, part, storage, group_size)
+            if part.device != qdata.device:
+                raise errors.value(f"{name} must be on qdata's device {qdata.device}", part.device)
+        if scale.dtype != zero_point.dtype:
+            raise errors.type_(
+                f"zero_point must have scale's dtype {scale.dtype}", zero_point.dtype
+            )
+        if act_pre_scale is not None and (
+            act_pre_scale.shape[-1:] != (storage[-1],) or act_pre_scale.numel() != storage[-1]
+        ):
+            raise errors.value(
+                f"act_pre_scale must have one entry for each of the {storage[-1]} in features",
+                errors.dims(act_pre_scale.shape),
+            )
+        if activation_dtype is not None and activation_dtype not in cls.activation_dtypes:
+            raise errors.value(
+                f"activation_dtype of {cls.__name__} must be "
+                f"{errors.dtypes(cls.activation_dtypes)}",
+                activation_dtype,
+            )
+
+    @classmethod
+    def _check_part(cls, name: str, t: Tensor, storage: list[int], group_size: int) -> None:
+        if not isinstance(t, Tensor):
+            raise errors.type_(f"{name} must be a tensor", type(t).__name__)
+        part = cls.parts[name]
+        allowed = (torch.int8,) if part.nibbles else SCALE_DTYPES
+        if t.dtype not in allowed:
+            raise errors.type_(f"{name} must be {errors.dtypes(allowed)}", t.dtype)
+        held = [*storage[:-1], storage[-1] // part.unit(group_size)]
+        expected = [*held[:-2], held[-1], held[-2]] if part.swapped and len(held) > 1 else held
+        if list(t.shape) == expected:
+            return
+        names = (
+            "[.., N, K/2]"
+            if part.nibbles
+            else ("[.., n_groups, N]" if part.swapped else "[.., N, n_groups]")
+        )
+        turned = t.ndim > 1 and [*t.shape[:-2], t.shape[-1], t.shape[-2]] == expected
+        raise errors.value(
+            f"{name} of {cls.__name__} must have shape {names} = {errors.dims(expected)}",
+            errors.dims(t.shape),
+            cls.other_layout_fix if turned and not part.nibbles else "",
+        )
+
+    # --- geometry ------------------------------------------------------------------------------
+
+    @property
+    def grouped_dim(self) -> int:
+        """The logical dim along which groups run (``ndim - 1`` unless transposed)."""
+        return geometry.grouped_dim(self.block_size)
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share one scale and zero point."""
+        return self.block_size[self.grouped_dim]
+
+    def _rebuild(
+        self,
+        fn: Callable[[Tensor, int], Tensor],
+        shape: Sequence[int],
+        block_size: Sequence[int],
+        act_pre_scale: object = _KEEP,
+    ):
+        """A tensor of the same class with ``fn(part in storage order, unit)`` for each part."""
+        group_size = self.group_size
+        new = {
+            name: part.swap(fn(part.swap(getattr(self, name)), part.unit(group_size)))
+            for name, part in self.parts.items()
+        }
+        return type(self)(
+            **new,
+            block_size=list(block_size),
+            shape=list(shape),
+            act_pre_scale=self.act_pre_scale if act_pre_scale is _KEEP else act_pre_scale,
+            activation_dtype=self.activation_dtype,
+        )
+
+    def _weight_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``qdata [.., N, K/2]``, ``scale`` and ``zero_point`` ``[.., n_groups, N]`` as views."""
+        swap = not self.parts["scale"].swapped and self.scale.ndim > 1
+        scale, zero_point = self.scale, self.zero_point
+        return (self.qdata, scale.mT, zero_point.mT) if swap else (self.qdata, scale, zero_point)
+
+    # --- values --------------------------------------------------------------------------------
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a plain tensor of the logical shape.
+
+        Args:
+            output_dtype: of the result; the weight's own dtype by default.
+
+        Returns:
+            ``q * scale + zero_point``, computed in float32 and rounded once.
+        """
+        dtype = output_dtype or self.dtype
+        qdata, scale, zero_point = self._weight_parts()
+        if qdata.ndim == 1:
+            parts = qdata.unsqueeze(0), scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+            return reference.dequantize(*parts, self.group_size, dtype).squeeze(0)
+        plain_cpu = qdata.ndim == 2 and qdata.device.type == "cpu" and type(qdata) is Tensor
+        run = (
+            cpu.dequantize
+            if plain_cpu and not torch.compiler.is_compiling()
+            else (reference.dequantize)
+        )
+        w = run(qdata, scale, zero_point, self.group_size, dtype)
+        return w.movedim(-1, self.grouped_dim)
+
+    def _quantization_type(self) -> str:
+        """What ``print(nn.Linear)`` shows of its weight."""
+        return (
+            f"shape={tuple(self.shape)}, group_size={self.group_size}, "
+            f"dtype={self.dtype}, device={self.device}, activation_dtype={self.activation_dtype}"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{type(self).__name__}({self._quantization_type()})"
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph may depend on besides shapes and dtypes of the parts."""
+        parts = [(n, t.dtype, t.shape, t.stride()) for n, t in self.data_tensors().items()]
+        return repr(
+            (type(self).__name__, self.shape, self.block_size, self.activation_dtype, parts)
+        )
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def data_tensors(self) -> dict[str, Tensor]:
+        """Name -> component, the optional ones where present."""
+        names = self.__tensor_flatten__()[0]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, all parts together (``torch.Tensor.nbytes`` would count the logical ones)."""
+        return sum(t.numel() * t.element_size() for t in self.data_tensors().values())
+
+    def share_memory_(self):
+        """Move every part to shared memory, as ``nn.Module.share_memory()`` asks."""
+        for t in self.data_tensors().values():
+            t.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether every part lies in shared memory."""
+        return all(t.is_shared() for t in self.data_tensors().values())
+
+    def pin_memory(self):
+        """A copy whose parts lie in page-locked memory."""
+        return self._apply_fn_to_data(lambda t: t.pin_memory())
+
+    def is_pinned(self) -> bool:
+        """Whether every part lies in page-locked memory."""
+        return all(t.is_pinned() for t in self.data_tensors().values())
+
+
+def _checked_setstate(self: Int4TensorBase, state) -> None:
+    """Unpickling: parts that do not fit together raise, as they do in the constructor."""
+    torch._utils._set_obj_state(self, state)
+    for name in (*self.optional_tensor_data_names, *self.optional_tensor_attribute_names):
+        self.__dict__.setdefault(name, None)
+    missing = [n for n in (*self.tensor_data_names, "block_size") if n not in self.__dict__]
+    if missing:
+        raise errors.value(
+            f"a stored {type(self).__name__} must hold {self.tensor_data_names}",
+            f"none of {missing}",
+        )
+    type(self)._check(
+        *(getattr(self, name) for name in self.tensor_data_names),
+        self.block_size,
+        self.shape,
+        self.act_pre_scale,
+        self.activation_dtype,
+    )
+    if self.dtype != self.scale.dtype or self.device != self.qdata.device:
+        raise errors.value(
+            "the stored header must agree with the parts "
+            f"({self.scale.dtype}, {self.qdata.device})",
+            f"{self.dtype}, {self.device}",
+        )
+
+
+def quantize_weight(
+    w: Tensor, block_size: Sequence[int], algorithm: str
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Check ``w`` and ``block_size`` and quantise: what ``from_hp`` of every layout starts with.
+
+    Returns:
+        ``qdata [.., N, K/2]``, ``scale`` and ``zero_point`` ``[.., N, n_groups]`` in ``w.dtype``,
+        and ``block_size`` as a list.
+
+    Raises:
+        TypeError: ``w`` is no plain floating-point tensor.
+        ValueError: shapes do not fit, or NaN or Inf in ``w``.
+    """
+    if isinstance(w, TorchAOBaseTensor):
+        raise errors.type_("w must be a plain tensor", type(w).__name__, "It is quantised already")
+    if w.dtype not in SCALE_DTYPES:
+        raise errors.type_(f"w must be {errors.dtypes(SCALE_DTYPES)}", w.dtype)
+    if len(block_size) != w.ndim or w.ndim < 2:
+        raise errors.value(
+            f"block_size must have one entry for each of the {w.ndim} dims of w (2 or more)",
+            list(block_size),
+        )
+    if geometry.grouped_dim(block_size) != w.ndim - 1:
+        raise errors.value(
+            "groups must run along the last dim of w", list(block_size), "Transpose w first"
+        )
+    if w.shape[-1] % block_size[-1]:
+        raise errors.value(
+            f"the last dim of w must be a multiple of group_size {block_size[-1]}", w.shape[-1]
+        )
+    return *qparams.quantize(w.detach(), block_size[-1], algorithm), list(block_size)

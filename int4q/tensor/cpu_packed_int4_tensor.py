@@ -1,0 +1,158 @@
+"""``CpuPackedInt4Tensor``: the layout of torch's CPU int4 kernel, for inference in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4q import errors, geometry
+from int4q.kernels import aten_packed
+from int4q.ops import SCALE_DTYPES
+from int4q.tensor.base import Int4TensorBase
+from int4q.tensor.int4_tensor import Int4Tensor
+
+_UNPACK = "Convert it with .to_int4_tensor() first"
+
+
+class CpuPackedInt4Tensor(Int4TensorBase):
+    """A groupwise 4-bit weight ``[N, K]`` packed for torch's CPU kernel.
+
+    Tensor data:
+        qdata: uint8 ``[N, K/2]`` in the order of ``aten._convert_weight_to_int4pack_for_cpu``,
+            which depends on the processor's vector unit.
+        scale_and_zero: ``[n_groups, N, 2]``, ``value = q * scale + zero``.
+        act_pre_scale: optional, ``[K]``; multiplies the activation first.
+
+    It multiplies, and converts to and from :class:`~int4q.Int4Tensor` without loss. On disk it is
+    a plain weight, repacked on loading: the order of the bytes means nothing on another machine.
+    Every shape op raises.
+    """
+
+    tensor_data_names = ["qdata", "scale_and_zero"]
+    parts = {}
+    activation_dtypes = (torch.bfloat16,)
+    other_layout_fix = ""
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale_and_zero: Tensor,
+        block_size: list[int],
+        shape: Sequence[int],
+        act_pre_scale: Tensor | None = None,
+        activation_dtype: torch.dtype | None = None,
+    ):
+        cls._check(qdata, scale_and_zero, block_size, shape, act_pre_scale, activation_dtype)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=scale_and_zero.dtype, device=qdata.device
+        )
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale_and_zero: Tensor,
+        block_size: list[int],
+        shape: Sequence[int],
+        act_pre_scale: Tensor | None = None,
+        activation_dtype: torch.dtype | None = None,
+    ):
+        self.qdata = qdata
+        self.scale_and_zero = scale_and_zero
+        self.block_size = list(block_size)
+        self.act_pre_scale = act_pre_scale
+        self.activation_dtype = activation_dtype or self.activation_dtypes[0]
+
+    @classmethod
+    def _check(
+        cls, qdata, scale_and_zero, block_size, shape, act_pre_scale, activation_dtype
+    ) -> None:
+        cls._check_shape(shape, block_size)
+        N, K = shape
+        for name, t, dtypes, expected in (
+            ("qdata", qdata, (torch.uint8,), (N, K // 2)),
+            ("scale_and_zero", scale_and_zero, SCALE_DTYPES, (K // block_size[1], N, 2)),
+        ):
+            if t.dtype not in dtypes or t.shape != expected:
+                raise errors.value(
+                    f"{name} must be {errors.dtypes(dtypes)} {errors.dims(expected)}",
+                    f"{t.dtype} {errors.dims(t.shape)}",
+                )
+            if t.device.type not in ("cpu", "meta"):
+                raise errors.value(f"{name} must stay on the cpu", t.device, _UNPACK)
+
+    @classmethod
+    def _check_shape(cls, shape, block_size) -> None:
+        if len(shape) != 2 or geometry.grouped_dim(block_size) != 1:
+            raise errors.value(
+                f"{cls.__name__} holds a weight [N, K] grouped along K",
+                f"{errors.dims(shape)} with block_size {list(block_size)}",
+            )
+        if shape[0] % aten_packed.N_MULTIPLE or shape[1] % block_size[1]:
+            raise errors.value(
+                f"N must be a multiple of {aten_packed.N_MULTIPLE} and K of {block_size[1]}",
+                errors.dims(shape),
+            )
+
+    @classmethod
+    def from_hp(
+        cls,
+        w: Tensor,
+        block_size: Sequence[int],
+        activation_dtype: torch.dtype | None = None,
+        algorithm: str = "tinygemm",
+    ) -> CpuPackedInt4Tensor:
+        """Quantise a high-precision weight ``[N, K]``; errors as ``Int4Tensor.from_hp``."""
+        return cls.from_int4_tensor(Int4Tensor.from_hp(w, block_size, activation_dtype, algorithm))
+
+    @classmethod
+    def from_int4_tensor(cls, t: Int4Tensor) -> CpuPackedInt4Tensor:
+        """Repack a plain weight on the CPU.
+
+        Raises:
+            TypeError: ``t`` is not an :class:`~int4q.Int4Tensor`.
+            ValueError: not on the CPU, not 2-D, transposed, or N no multiple of 16.
+        """
+        if not isinstance(t, Int4Tensor):
+            raise errors.type_("t must be an int4q.Int4Tensor", type(t).__name__)
+        if t.device.type not in ("cpu", "meta"):
+            raise errors.value("the weight must be on the cpu", t.device)
+        cls._check_shape(t.shape, t.block_size)
+        pack = torch.empty_like if t.qdata.is_meta else aten_packed.pack
+        qdata = pack(t.qdata).view(torch.uint8)
+        scale_and_zero = aten_packed.scale_and_zero(t.scale, t.zero_point, t.dtype)
+        return cls(qdata, scale_and_zero, t.block_size, t.shape, t.act_pre_scale)
+
+    def to_int4_tensor(self) -> Int4Tensor:
+        """The plain weight of the same values."""
+        return Int4Tensor(*self._weight_parts(), self.block_size, self.shape, self.act_pre_scale)
+
+    def _weight_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        scale, zero_point = self.scale_and_zero.unbind(-1)
+        qdata = torch.ops.int4q.int4_cpu_unpack(self.qdata)
+        return qdata, scale.contiguous(), zero_point.contiguous()
+
+    def _rebuild(self, fn, shape, block_size, act_pre_scale=None):
+        raise errors.value(
+            "a CPU-packed weight keeps its shape", f"{errors.dims(shape)} asked", _UNPACK
+        )
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.ops.int4q.int4_cpu_packed_linear(
+            x, self.qdata, self.scale_and_zero, self.group_size
+        )
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def __reduce_ex__(self, protocol):
+        return _repack, (self.to_int4_tensor(), getattr(self, "_is_param", False))
+
+
+def _repack(plain: Int4Tensor, is_param: bool) -> CpuPackedInt4Tensor:
+    packed = CpuPackedInt4Tensor.from_int4_tensor(plain)
+    if is_param:
+        packed._is_param = True
+    return packed
+
+
+torch.serialization.add_safe_globals([CpuPackedInt4Tensor, _repack])

@@ -1,0 +1,126 @@
+"""``Int4Tensor``: the plain layout, byte for byte the one torchao and fbgemm use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int4q import errors
+from int4q.tensor import compute_ops, shape_ops  # noqa: F401  (registered before subclasses)
+from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
+
+
+class Int4Tensor(Int4TensorBase):
+    """A groupwise 4-bit weight ``[N, K]`` or ``[B, N, K]``, ``value = q * scale + zero_point``.
+
+    Tensor data:
+        qdata: int8 ``[.., N, K/2]``; even k in the low nibble, odd k in the high one, two's
+            complement (-8..7).
+        scale: ``[.., n_groups, N]``, n_groups = K / group_size; dtype of the original weight.
+        zero_point: as ``scale``; added after scaling.
+        act_pre_scale: optional, ``[K]``; multiplies the activation first.
+
+    Attributes:
+        block_size: ``[1, group_size]`` (``[1, 1, group_size]`` for a stack); the entry that is
+            not 1 marks the grouped dim, so a transposed weight has ``[group_size, 1]`` over the
+            same storage.
+        shape: the logical shape.
+        activation_dtype: ``torch.bfloat16`` (W4A16: activations keep their own dtype).
+
+    4.25 bits a weight at group 128 with 16-bit scales, 5 bits at group 32 (the zero points
+    included).
+    """
+
+    parts = {
+        "qdata": Part(nibbles=True),
+        "scale": Part(swapped=True),
+        "zero_point": Part(swapped=True),
+    }
+    activation_dtypes = (torch.bfloat16,)
+    other_layout_fix = (
+        "This is the coalesced layout [.., N, n_groups]; build a CudaCoalescedInt4Tensor and "
+        "call .to_int4_tensor()"
+    )
+
+    @classmethod
+    def from_hp(
+        cls,
+        w: Tensor,
+        block_size: Sequence[int],
+        activation_dtype: torch.dtype | None = None,
+        algorithm: str = "tinygemm",
+    ) -> Int4Tensor:
+        """Quantise a high-precision weight.
+
+        Args:
+            w: float32, float16 or bfloat16 ``[N, K]`` or ``[B, N, K]``.
+            block_size: ones, then group_size: 32, 64, 128 or 256.
+            activation_dtype: ``torch.bfloat16`` (the default).
+            algorithm: a key of ``int4q.qparams.ALGORITHMS``.
+
+        Raises:
+            TypeError: ``w`` is not a plain floating-point tensor.
+            ValueError: the last dim is no multiple of group_size, or NaN or Inf in ``w``.
+        """
+        qdata, scale, zero_point, block_size = quantize_weight(w, block_size, algorithm)
+        scale, zero_point = scale.mT.contiguous(), zero_point.mT.contiguous()
+        return cls(qdata, scale, zero_point, block_size, w.shape, activation_dtype=activation_dtype)
+
+    @classmethod
+    def from_torchao(cls, t) -> Int4Tensor:
+        """Wrap torchao's own ``Int4Tensor``: the same parts, nothing copied.
+
+        Raises:
+            TypeError: ``t`` is not torchao's ``Int4Tensor``.
+        """
+        from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
+
+        if not isinstance(t, TorchAOInt4Tensor):
+            raise errors.type_("t must be a torchao.quantization.Int4Tensor", type(t).__name__)
+        return cls(
+            t.qdata,
+            t.scale,
+            t.zero_point,
+            t.block_size,
+            t.shape,
+            act_pre_scale=t.act_pre_scale,
+            activation_dtype=t.activation_dtype,
+        )
+
+    def to_torchao(self):
+        """torchao's own ``Int4Tensor`` over the same parts, nothing copied.
+
+        Raises:
+            ValueError: the weight is transposed (torchao's class stores no lazy transpose).
+        """
+        from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
+
+        if self.grouped_dim != self.ndim - 1:
+            raise errors.value(
+                "torchao's Int4Tensor takes groups along the last dim",
+                f"block_size {self.block_size}",
+                "Transpose it back first",
+            )
+        return TorchAOInt4Tensor(
+            self.qdata,
+            self.scale,
+            self.zero_point,
+            list(self.block_size),
+            self.shape,
+            act_pre_scale=self.act_pre_scale,
+            activation_dtype=self.activation_dtype,
+        )
+
+    def to_int4_tensor(self) -> Int4Tensor:
+        """Itself: every layout has this way back to plain."""
+        return self
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.int4q.int4_linear(
+            x, self.qdata, self.scale, self.zero_point, self.group_size, bias
+        )
+
+
+torch.serialization.add_safe_globals([Int4Tensor])

@@ -1,0 +1,39 @@
+"""Fixtures: the devices to run on, and uninitialised memory that shows."""
+
+import pytest
+import torch
+
+from int4q import CudaCoalescedInt4Tensor, Int4Tensor
+
+LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda c: c.__name__)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` holds NaN (or the largest integer), so an unwritten output fails."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

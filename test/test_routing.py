@@ -1,0 +1,139 @@
+"""Which op and which kernel: decided by class and declared facts, tested without a GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from int4q import CudaCoalescedInt4Tensor, Int4Tensor, KernelPreference
+from int4q.kernels import registry
+from int4q.kernels.registry import Kernel, Problem, choose
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "int4q":
+            self.ops.append(func._schema.name.removeprefix("int4q::"))
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of(call):
+    with Recorder() as recorder:
+        call()
+    return recorder.ops
+
+
+@pytest.mark.parametrize("N", [4, 24])  # N = 4 is also n_groups: the shapes say nothing
+@pytest.mark.parametrize("M", [1, 64])
+def test_the_class_decides_the_op(M, N):
+    w, x = torch.randn(N, 128), torch.randn(M, 128)
+    plain = Int4Tensor.from_hp(w, [1, 32])
+    coalesced = CudaCoalescedInt4Tensor.from_hp(w, [1, 32])
+    w4a16 = CudaCoalescedInt4Tensor.from_hp(w, [1, 32], activation_dtype=torch.bfloat16)
+    assert ops_of(lambda: F.linear(x, plain)) == ["int4_linear"]
+    assert ops_of(lambda: F.linear(x, coalesced)) == ["int4_plain_mm"]
+    assert ops_of(lambda: F.linear(x, w4a16)) == ["int4_linear"]
+
+
+def test_the_coalesced_op_rejects_plain_metadata_at_run_time():
+    t = Int4Tensor.from_hp(torch.randn(8, 128), [1, 32])
+    with pytest.raises(
+        ValueError,
+        match=r"scale must have shape \[N, n_groups\] = \[8, 4\], got "
+        r"\[4, 8\]. Repack .* CudaCoalescedInt4Tensor.from_int4_tensor",
+    ):
+        torch.ops.int4q.int4_plain_mm(torch.randn(1, 128), t.qdata, t.scale, t.zero_point, 32)
+
+
+def test_the_plain_op_rejects_coalesced_metadata():
+    t = CudaCoalescedInt4Tensor.from_hp(torch.randn(8, 128), [1, 32])
+    with pytest.raises(ValueError, match=r"\[.., n_groups, N\] = \[4, 8\], got \[8, 4\]"):
+        torch.ops.int4q.int4_linear(torch.randn(1, 128), t.qdata, t.scale, t.zero_point, 32)
+
+
+PLAIN = Int4Tensor.from_hp(torch.randn(8, 128), [1, 32])
+OP_ERRORS = {
+    "qdata dtype": (dict(qdata=PLAIN.qdata.view(torch.uint8)), TypeError, "qdata must be int8"),
+    "qdata rank": (dict(qdata=PLAIN.qdata[0]), TypeError, "with 2 dims"),
+    "group zero": (dict(group_size=0), ValueError, "group_size must be positive, got 0"),
+    "group negative": (dict(group_size=-32), ValueError, "group_size must be positive"),
+    "group ragged": (dict(group_size=48), ValueError, "multiple of group_size 48, got 128"),
+    "zero dtype": (dict(zero_point=PLAIN.zero_point.half()), TypeError, "same for scale and zero"),
+    "scale dtype": (dict(scale=PLAIN.scale.double()), TypeError, "scale must be float32"),
+    "scale device": (dict(scale=PLAIN.scale.to("meta")), ValueError, "on qdata's device"),
+    "x dtype": (dict(x=torch.ones(1, 128, dtype=torch.int8)), TypeError, "x must be float32"),
+    "x width": (dict(x=torch.ones(1, 64)), ValueError, "last dim of x must be 128"),
+    "x scalar": (dict(x=torch.ones(())), ValueError, "last dim of x must be 128"),
+    "bias": (dict(bias=torch.ones(9)), ValueError, "bias must have shape \\[8\\], got \\[9\\]"),
+}
+
+
+@pytest.mark.parametrize("case", OP_ERRORS)
+def test_op_arguments(case):
+    change, error, message = OP_ERRORS[case]
+    good = dict(
+        x=torch.ones(1, 128),
+        qdata=PLAIN.qdata,
+        scale=PLAIN.scale,
+        zero_point=PLAIN.zero_point,
+        group_size=32,
+        bias=None,
+    )
+    with pytest.raises(error, match=message):
+        torch.ops.int4q.int4_linear(*{**good, **change}.values())
+
+
+def problem(**change):
+    base = Problem("int4_linear", "cpu", torch.bfloat16, torch.bfloat16, 1, 4096, 4096, 128)
+    return dataclasses.replace(base, **change)
+
+
+def test_choose_is_pure_and_reads_one_table():
+    for M in (1, 8, 64, 128, 4096):
+        first = choose(problem(M=M))
+        assert first is choose(problem(M=M))
+        assert first.unsupported(problem(M=M)) is None
+        earlier = registry.kernels("int4_linear")
+        earlier = earlier[: earlier.index(first)]
+        assert all(k.unsupported(problem(M=M)) for k in earlier)
+    assert choose(problem(device="xpu")).name == "reference"
+    assert choose(problem(dtype=torch.float64)).name in ("cpu_blocked", "reference")
+
+
+def test_a_refusal_carries_every_reason():
+    reasons = {name: why for name, _, why in registry.explain(problem(device="xpu"))}
+    assert reasons["reference"] is None
+    assert all("cpu" in why for name, why in reasons.items() if name != "reference")
+    with pytest.raises(ValueError, match="no triton kernel in this build|preference 'triton'"):
+        choose(problem(), KernelPreference.TRITON)
+    with pytest.raises(ValueError, match="op must be one of"):
+        choose(problem(op="int4_softmax"))
+
+
+def test_a_kernel_table_validates_itself():
+    kernel = Kernel("a", KernelPreference.TORCH, lambda p: None, torch.clone)
+    with pytest.raises(ValueError, match="names of test_op must be unique"):
+        registry.register("test_op", kernel, kernel)
+    with pytest.raises(ValueError, match="belongs to one backend"):
+        dataclasses.replace(kernel, backend=KernelPreference.AUTO)
+
+
+def test_a_slow_path_is_announced_once(monkeypatch):
+    from int4q.kernels import cpu, native_cpu
+
+    monkeypatch.setattr(native_cpu, "unsupported", lambda *problem: "not built")
+    monkeypatch.setattr(cpu, "_ANNOUNCE_BYTES", 1)
+    cpu._announce.cache_clear()
+    registry.choose.cache_clear()
+    x = torch.randn(1, 128)
+    with pytest.warns(UserWarning, match="slow path on this CPU: not built.*cpu_packed"):
+        y = F.linear(x, PLAIN)
+    torch.testing.assert_close(y, x @ PLAIN.dequantize().T)
+    F.linear(x, PLAIN)  # warnings are errors here: a second one would fail
+    registry.choose.cache_clear()
