@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
                 after += weight.bytes_after
     result = Summary(tuple(quantized), tuple(skipped), before, after)
     if show:
-        _print(result, console or Console())
+        _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
     return result
 
 
@@ -105,9 +106,10 @@ def _weight(name: str, t: torch.Tensor, reason: str | None) -> Weight:
 def _print(result: Summary, console: Console) -> None:
     console.print(_headline(result))
     if result.quantized:
-        table = Table("weight", "held as", "shape")
-        for column in ("group", "before", "after", "bits"):
-            table.add_column(column, justify="right")
+        table = Table(box=None)
+        table.add_column("weight", overflow="fold", min_width=16)
+        for column in ("held as", "shape", "group", "before", "after", "bits"):
+            table.add_column(column, justify="right", no_wrap=True)
         for w in result.quantized:
             table.add_row(
                 w.name,

@@ -1,0 +1,1 @@
+"""Measurements: ``python -m int4q.bench`` (or ``make bench``)."""
