@@ -350,38 +350,58 @@ def _check_symmetric(w_packed, w_scale, group_size) -> None:
 # --- registration -------------------------------------------------------------------------------
 
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
-_SCHEMAS = {
-    "int4_linear": f"(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor",
-    "int4_linear_backward": f"(Tensor grad, {_WEIGHT}) -> Tensor",
-    "int4_plain_mm": f"(Tensor x, {_WEIGHT}) -> Tensor",
-    "int4_bmm": f"(Tensor x, {_WEIGHT}) -> Tensor",
-    "int4_bmm_backward": f"(Tensor grad, {_WEIGHT}) -> Tensor",
-    "int4_grouped_mm": f"(Tensor x, {_WEIGHT}, Tensor offs) -> Tensor",
-    "int4_grouped_mm_backward": f"(Tensor grad, {_WEIGHT}, Tensor offs) -> Tensor",
-    "int4_cpu_packed_linear": "(Tensor x, Tensor qdata, Tensor scale_and_zero, int group_size)"
-    " -> Tensor",
-    "int4_cpu_unpack": "(Tensor qdata) -> Tensor",
-    "dequant_w4_to_bf16": "(Tensor w_packed, Tensor w_scale, int group_size) -> Tensor",
-}
-_GRADIENTS = {
-    "int4_linear": (_linear_grad, _save_weight),
-    "int4_plain_mm": (_plain_mm_grad, _save_weight),
-    "int4_bmm": (_bmm_grad, _save_weight),
-    "int4_grouped_mm": (_grouped_grad, _save_grouped),
-    "int4_cpu_packed_linear": (_cpu_packed_grad, _save_packed),
-}
 
 
-def _register() -> None:
-    for name, schema in _SCHEMAS.items():
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"int4q::{name}", globals()[f"_{name}_fake"], lib=_LIBRARY)
-        if name in _GRADIENTS:
-            backward, setup = _GRADIENTS[name]
-            torch.library.register_autograd(
-                f"int4q::{name}", backward, setup_context=setup, lib=_LIBRARY
-            )
+def _define(schema: str, run, fake, backward=None, save=_save_weight) -> None:
+    """One op: the same Python function on every device, its fake, and its gradient to ``x``."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(f"{schema} -> Tensor")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int4q::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"int4q::{name}", backward, setup_context=save, lib=_LIBRARY
+        )
 
 
-_register()
+_define(
+    f"int4_linear(Tensor x, {_WEIGHT}, Tensor? bias=None)",
+    _int4_linear,
+    _int4_linear_fake,
+    _linear_grad,
+)
+_define(
+    f"int4_linear_backward(Tensor grad, {_WEIGHT})",
+    _int4_linear_backward,
+    _int4_linear_backward_fake,
+)
+_define(
+    f"int4_plain_mm(Tensor x, {_WEIGHT})", _int4_plain_mm, _int4_plain_mm_fake, _plain_mm_grad
+)
+_define(f"int4_bmm(Tensor x, {_WEIGHT})", _int4_bmm, _int4_bmm_fake, _bmm_grad)
+_define(f"int4_bmm_backward(Tensor grad, {_WEIGHT})", _int4_bmm_backward, _int4_bmm_backward_fake)
+_define(
+    f"int4_grouped_mm(Tensor x, {_WEIGHT}, Tensor offs)",
+    _int4_grouped_mm,
+    _int4_grouped_mm_fake,
+    _grouped_grad,
+    _save_grouped,
+)
+_define(
+    f"int4_grouped_mm_backward(Tensor grad, {_WEIGHT}, Tensor offs)",
+    _int4_grouped_mm_backward,
+    _int4_grouped_mm_backward_fake,
+)
+_define(
+    "int4_cpu_packed_linear(Tensor x, Tensor qdata, Tensor scale_and_zero, int group_size)",
+    _int4_cpu_packed_linear,
+    _int4_cpu_packed_linear_fake,
+    _cpu_packed_grad,
+    _save_packed,
+)
+_define("int4_cpu_unpack(Tensor qdata)", _int4_cpu_unpack, _int4_cpu_unpack_fake)
+_define(
+    "dequant_w4_to_bf16(Tensor w_packed, Tensor w_scale, int group_size)",
+    _dequant_w4_to_bf16,
+    _dequant_w4_to_bf16_fake,
+)
