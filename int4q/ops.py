@@ -16,7 +16,6 @@ from torch import Tensor
 from int4q import errors
 from int4q.kernels import aten_packed, reference, registry
 from int4q.kernels import table as _table  # noqa: F401  (fills the registry)
-from int4q.kernels.registry import Problem
 
 _LIBRARY = torch.library.Library("int4q", "DEF")
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,8 +30,8 @@ def _capability(index: int | None) -> tuple[int, int]:
 def _kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int):
     device = x.device
     capability = _capability(device.index) if device.type == "cuda" else None
-    problem = Problem(op, device.type, x.dtype, scale.dtype, M, N, K, group_size, capability)
-    return registry.choose(problem, registry.preference()).run
+    problem = (op, device.type, x.dtype, scale.dtype, M, N, K, group_size, capability)
+    return registry.route(registry.preference(), *problem).run
 
 
 def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, ndim: int):
@@ -80,13 +79,48 @@ def _check_linear(x, qdata, scale, zero_point, group_size, bias=None) -> None:
         raise errors.value(f"bias must have shape [{qdata.shape[0]}]", errors.dims(bias.shape))
 
 
+def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the dispatcher would add nothing to ``linear(x, w, bias)``: no gradient, no tracing.
+
+    Then a caller whose weight is checked already may run the kernel directly, which halves the
+    host time of a small layer.
+    """
+    return (
+        type(x) is Tensor
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def run_linear(
+    op: str,
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``int4_linear`` or ``int4_plain_mm`` without the dispatcher, on a weight known to be whole.
+
+    ``scale`` and ``zero_point`` are ``[n_groups, N]``-indexed for both.
+    """
+    _check_activation("x", x, qdata, 2 * qdata.shape[1])
+    rest = (zero_point, group_size) if bias is None else (zero_point, group_size, bias)
+    return _run_2d(op, x, qdata, scale, group_size, *rest)
+
+
 def _run_2d(op: str, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int, *rest) -> Tensor:
     """Flatten the leading dims of ``x``, run the chosen kernel, restore them."""
-    width, (N, half) = x.shape[-1], qdata.shape
-    flat = x.reshape(-1, width)
-    run = _kernel(op, x, scale, flat.shape[0], N, 2 * half, group_size)
-    y = run(flat, qdata, scale, *rest)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    N, half = qdata.shape
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = _kernel(op, x, scale, flat.shape[0], N, 2 * half, group_size)(flat, qdata, scale, *rest)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 # --- int4_linear -----------------------------------------------------------------------------
@@ -375,9 +409,7 @@ _define(
     _int4_linear_backward,
     _int4_linear_backward_fake,
 )
-_define(
-    f"int4_plain_mm(Tensor x, {_WEIGHT})", _int4_plain_mm, _int4_plain_mm_fake, _plain_mm_grad
-)
+_define(f"int4_plain_mm(Tensor x, {_WEIGHT})", _int4_plain_mm, _int4_plain_mm_fake, _plain_mm_grad)
 _define(f"int4_bmm(Tensor x, {_WEIGHT})", _int4_bmm, _int4_bmm_fake, _bmm_grad)
 _define(f"int4_bmm_backward(Tensor grad, {_WEIGHT})", _int4_bmm_backward, _int4_bmm_backward_fake)
 _define(

@@ -130,10 +130,10 @@ def test_a_slow_path_is_announced_once(monkeypatch):
     monkeypatch.setattr(native_cpu, "unsupported", lambda *problem: "not built")
     monkeypatch.setattr(cpu, "_ANNOUNCE_BYTES", 1)
     cpu._announce.cache_clear()
-    registry.choose.cache_clear()
+    registry.route.cache_clear()
     x = torch.randn(1, 128)
     with pytest.warns(UserWarning, match="slow path on this CPU: not built.*cpu_packed"):
         y = F.linear(x, PLAIN)
     torch.testing.assert_close(y, x @ PLAIN.dequantize().T)
     F.linear(x, PLAIN)  # warnings are errors here: a second one would fail
-    registry.choose.cache_clear()
+    registry.route.cache_clear()

@@ -87,7 +87,7 @@ def register(op: str, *kernels: Kernel) -> None:
     if len(set(names)) != len(names):
         raise errors.value(f"kernel names of {op} must be unique", names)
     _TABLES[op] = kernels
-    choose.cache_clear()
+    route.cache_clear()
 
 
 def kernels(op: str) -> tuple[Kernel, ...]:
@@ -97,7 +97,6 @@ def kernels(op: str) -> tuple[Kernel, ...]:
     return _TABLES[op]
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUTO) -> Kernel:
     """The first kernel of ``problem.op``'s table that supports it under ``preference``.
 
@@ -116,6 +115,12 @@ def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUT
     raise errors.value(
         f"no kernel for preference {preference.value!r} runs this problem ({listed})", problem
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def route(preference: KernelPreference, *facts) -> Kernel:
+    """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing."""
+    return choose(Problem(*facts), preference)
 
 
 def explain(problem: Problem) -> list[tuple[str, str, str | None]]:

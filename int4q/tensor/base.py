@@ -169,12 +169,12 @@ class Int4TensorBase(TorchAOBaseTensor):
     @property
     def grouped_dim(self) -> int:
         """The logical dim along which groups run (``ndim - 1`` unless transposed)."""
-        return geometry.grouped_dim(self.block_size)
+        return self.block_size.index(max(self.block_size))
 
     @property
     def group_size(self) -> int:
         """Weights that share one scale and zero point."""
-        return self.block_size[self.grouped_dim]
+        return max(self.block_size)
 
     def _rebuild(
         self,

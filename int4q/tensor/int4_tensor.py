@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
+from int4q.ops import dispatches_nothing, run_linear
 from int4q.tensor import compute_ops, shape_ops  # noqa: F401  (registered before subclasses)
 from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
 
@@ -118,9 +119,10 @@ class Int4Tensor(Int4TensorBase):
         return self
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.int4q.int4_linear(
-            x, self.qdata, self.scale, self.zero_point, self.group_size, bias
-        )
+        args = (x, self.qdata, self.scale, self.zero_point, self.group_size, bias)
+        if dispatches_nothing(x, bias):
+            return run_linear("int4_linear", *args)
+        return torch.ops.int4q.int4_linear(*args)
 
 
 torch.serialization.add_safe_globals([Int4Tensor])
