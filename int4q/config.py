@@ -19,7 +19,7 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry
-from int4q.kernels import aten_packed
+from int4q.kernels import cpu
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tensor.base import Int4TensorBase
@@ -140,16 +140,25 @@ def _packed_reason(w: torch.Tensor) -> str | None:
     """Why ``w`` cannot take the CPU-packed layout, or ``None``."""
     if w.ndim != 2:
         return f"it has {w.ndim} dims, not 2"
-    if w.shape[0] % aten_packed.N_MULTIPLE:
-        return f"N = {w.shape[0]} is not a multiple of {aten_packed.N_MULTIPLE}"
+    if w.shape[0] % (n_multiple := cpu.PACKINGS[cpu.preferred_packing()]):
+        return f"N = {w.shape[0]} is not a multiple of {n_multiple}"
     if w.device.type not in ("cpu", "meta"):
         return f"it is on {w.device}"
     return None
 
 
+def fastest_layout(w: torch.Tensor) -> type[Int4TensorBase]:
+    """What ``"auto"`` means for ``w``: on a CPU without int4q's compiled kernel, torch's layout.
+
+    Elsewhere plain: the compiled kernel reads it as it is.
+    """
+    packs = w.device.type == "cpu" and _packed_reason(w) is None
+    return CpuPackedInt4Tensor if packs and cpu.preferred_packing() == "aten" else Int4Tensor
+
+
 def quantize_tensor(w: torch.Tensor, config: Int4WeightOnlyConfig, name: str) -> Int4TensorBase:
     """``w`` in the layout that ``config`` asks for; ``name`` is for messages."""
-    layout = FORMATS[config.int4_packing_format] or Int4Tensor
+    layout = FORMATS[config.int4_packing_format] or fastest_layout(w)
     if layout is CpuPackedInt4Tensor and (reason := _packed_reason(w)):
         warnings.warn(
             f"{name} is held in the plain layout, not cpu_packed: {reason}",

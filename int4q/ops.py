@@ -97,8 +97,7 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def run_linear(
-    op: str,
+def linear_parts(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
@@ -106,13 +105,11 @@ def run_linear(
     group_size: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``int4_linear`` or ``int4_plain_mm`` without the dispatcher, on a weight known to be whole.
-
-    ``scale`` and ``zero_point`` are ``[n_groups, N]``-indexed for both.
-    """
+    """``int4_linear`` on the parts of a tensor, which its constructor has checked."""
+    if not dispatches_nothing(x, bias):
+        return torch.ops.int4q.int4_linear(x, qdata, scale, zero_point, group_size, bias)
     _check_activation("x", x, qdata, 2 * qdata.shape[1])
-    rest = (zero_point, group_size) if bias is None else (zero_point, group_size, bias)
-    return _run_2d(op, x, qdata, scale, group_size, *rest)
+    return _run_2d("int4_linear", x, qdata, scale, group_size, zero_point, group_size, bias)
 
 
 def _run_2d(op: str, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int, *rest) -> Tensor:

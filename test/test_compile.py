@@ -34,7 +34,7 @@ def cases():
     bias = torch.randn(16, requires_grad=True)
     two, three = parts(), parts((2,))
     coalesced = two[0], two[1].mT.contiguous(), two[2].mT.contiguous(), 32
-    packed = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32])
+    packed = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32], packing="aten")
     return {
         "int4_linear": (x, *two, bias),
         "int4_linear_backward": (torch.randn(5, 16), *two),

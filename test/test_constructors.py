@@ -169,17 +169,19 @@ def test_cpu_packed_refuses(case):
     w, change, message = CPU_PACKED[case]
     t = change(Int4Tensor.from_hp(w, [1] * (w.ndim - 1) + [32]))
     with pytest.raises(ValueError, match=message):
-        CpuPackedInt4Tensor.from_int4_tensor(t)
+        CpuPackedInt4Tensor.from_int4_tensor(t, "aten")
 
 
 def test_cpu_packed_keeps_its_shape_and_its_device():
-    t = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32])
+    t = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32], packing="aten")
     for op in (torch.t, lambda x: x[0], lambda x: x.view(2, 8, 64), lambda x: x[:, :32]):
         with pytest.raises(ValueError, match="keeps its shape.*to_int4_tensor"):
             op(t)
     parts = t.data_tensors()
     with pytest.raises(ValueError, match="qdata must be uint8 \\[16, 32\\]"):
-        CpuPackedInt4Tensor(parts["qdata"][:8], parts["scale_and_zero"], [1, 32], (16, 64))
+        CpuPackedInt4Tensor(parts["qdata"][:8], parts["scale_and_zero"], [1, 32], (16, 64), "aten")
+    with pytest.raises(ValueError, match="packing must be one of"):
+        CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32], packing="columns")
 
 
 def test_repr_is_one_line(layout):

@@ -103,9 +103,10 @@ def test_layouts_hold_the_same_values(dtype, shape):
 
 
 @pytest.mark.parametrize("N", [16, 48, 64, 80, 128, 240])
-def test_cpu_packed_round_trip_is_lossless(N):
+@pytest.mark.parametrize("packing", ["rows", "aten"])
+def test_cpu_packed_round_trip_is_lossless(N, packing):
     plain = Int4Tensor.from_hp(torch.randn(N, 128).bfloat16(), [1, 32])
-    packed = CpuPackedInt4Tensor.from_int4_tensor(plain)
+    packed = CpuPackedInt4Tensor.from_int4_tensor(plain, packing)
     assert torch.equal(packed.to_int4_tensor(), plain)
     assert torch.equal(packed.dequantize(), plain.dequantize())
 

@@ -62,13 +62,17 @@ def test_linear_shapes(layout, device, M, N, K, dtype):
 
 @pytest.mark.parametrize("M", [1, 5, 70])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_cpu_packed_linear(M, dtype):
-    t = CpuPackedInt4Tensor.from_hp(torch.randn(80, 256).to(dtype), [1, 64])
+@pytest.mark.parametrize("packing", ["rows", "aten"])
+def test_cpu_packed_linear(M, dtype, packing):
+    def pack(w):
+        return CpuPackedInt4Tensor.from_hp(w, [1, 64], packing=packing)
+
+    t = pack(torch.randn(80, 256).to(dtype))
     x, bias = torch.randn(M, 256).to(dtype), torch.randn(80).to(dtype)
     expected = F.linear(x.double(), t.dequantize(torch.float64), bias.double())
     close(F.linear(x, t, bias), expected, dtype)
     # Scales stay float32 under 16-bit activations: nothing is rounded behind the user's back.
-    wide = CpuPackedInt4Tensor.from_hp(torch.randn(80, 256), [1, 64])
+    wide = pack(torch.randn(80, 256))
     close(F.linear(x, wide), x.double() @ wide.dequantize(torch.float64).T, dtype)
 
 
@@ -236,9 +240,13 @@ def test_gradients_of_bmm_matmul_and_grouped_mm(layout):
 
 def test_gradient_of_int8_and_cpu_packed_linear():
     w, x = torch.randn(16, 64), torch.randn(3, 64)
-    for layout in (CudaCoalescedInt4Tensor, CpuPackedInt4Tensor):
-        t = layout.from_hp(w, [1, 32])
-        expected = gradients(lambda a: a @ t.dequantize(torch.float64).T, x.double())  # noqa: B023
+    for t in (
+        CudaCoalescedInt4Tensor.from_hp(w, [1, 32]),
+        CpuPackedInt4Tensor.from_hp(w, [1, 32], packing="rows"),
+        CpuPackedInt4Tensor.from_hp(w, [1, 32], packing="aten"),
+    ):
+        w64 = t.dequantize(torch.float64)
+        expected = gradients(torch.matmul, x.double(), w64.T)
         close(gradients(F.linear, x, t), expected, torch.float32)
 
 

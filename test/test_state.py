@@ -111,11 +111,20 @@ def test_pickle_and_deepcopy(fmt):
     assert torch.equal(m[0].weight.dequantize(), before)  # the copy is deep
 
 
-def test_on_disk_a_cpu_packed_weight_is_plain():
+@pytest.mark.parametrize("packing", ["rows", "aten"])
+def test_on_disk_a_cpu_packed_weight_is_plain(monkeypatch, packing):
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: packing)
     t = model("cpu_packed")[0].weight
+    assert t.packing == packing
     rebuild, (plain, _) = t.__reduce_ex__(2)
     assert type(plain) is Int4Tensor and torch.equal(plain.dequantize(), t.dequantize())
     assert torch.equal(rebuild(plain, False), t)
+    # Read on another kind of machine, it takes the packing of that one.
+    other = {"rows": "aten", "aten": "rows"}[packing]
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: other)
+    moved = pickle.loads(pickle.dumps(t))
+    assert moved.packing == other and torch.equal(moved.dequantize(), t.dequantize())
+    assert torch.equal(t.copy_(moved).dequantize(), moved.dequantize())
 
 
 def test_a_truncated_file_is_an_error(tmp_path):

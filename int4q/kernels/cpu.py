@@ -26,6 +26,16 @@ _BLOCK_ELEMENTS = 1 << 20
 _ANNOUNCE_BYTES = 1 << 20
 
 
+PACKINGS = {"rows": 1, "aten": aten_packed.N_MULTIPLE}
+"""Layouts of a CPU-packed weight -> what N must be a multiple of."""
+
+
+def preferred_packing() -> str:
+    """``"rows"`` where int4q's compiled kernel runs on this machine, else ``"aten"``."""
+    bf16 = torch.bfloat16
+    return "rows" if native_cpu.unsupported(1, 64, 64, 64, bf16, bf16) is None else "aten"
+
+
 def _on_cpu(problem: Problem) -> str | None:
     return None if problem.device == "cpu" else f"runs on cpu, not {problem.device}"
 
@@ -67,6 +77,7 @@ def dequantize(
     """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs."""
     problem = (1, qdata.shape[0], 2 * qdata.shape[1], group_size, dtype, scale.dtype)
     if dtype != torch.float16 and native_cpu.unsupported(*problem) is None:
+        qdata = _whole_rows(qdata)
         return native_cpu.dequantize(qdata, scale, zero_point, group_size, dtype)
     return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
 
@@ -123,6 +134,16 @@ def unpacking_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_si
     return y
 
 
+def _whole_rows(qdata: Tensor) -> Tensor:
+    """The compiled kernel reads rows byte after byte; only an exotic view is laid out otherwise."""
+    return qdata if qdata.stride(-1) == 1 else qdata.contiguous()
+
+
+def native_linear(x: Tensor, qdata: Tensor, *rest) -> Tensor:
+    """:func:`native_cpu.linear` on a weight of any strides."""
+    return native_cpu.linear(x, _whole_rows(qdata), *rest)
+
+
 def _native_unsupported(problem: Problem) -> str | None:
     return _on_cpu(problem) or native_cpu.unsupported(
         problem.M, problem.N, problem.K, problem.group_size, problem.dtype, problem.scale_dtype
@@ -145,7 +166,7 @@ def _announce(reason: str) -> None:
     )
 
 
-native = Kernel("cpu_native", KernelPreference.TORCH, _native_unsupported, native_cpu.linear)
+native = Kernel("cpu_native", KernelPreference.TORCH, _native_unsupported, native_linear)
 blocked = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _announced_blocked_linear)
 blocked_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, blocked_grad_input)
 packed = Kernel("aten_int4pack", KernelPreference.TORCH, packed_unsupported, packed_linear)

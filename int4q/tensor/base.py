@@ -97,7 +97,7 @@ class Int4TensorBase(TorchAOBaseTensor):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # torchao's base sets __setstate__ on every subclass it creates; ours checks the parts.
+        # torchao's base puts its own __setstate__ on every subclass; ours checks the parts.
         cls.__setstate__ = _checked_setstate
 
     @classmethod
@@ -202,6 +202,12 @@ class Int4TensorBase(TorchAOBaseTensor):
         swap = not self.parts["scale"].swapped and self.scale.ndim > 1
         scale, zero_point = self.scale, self.zero_point
         return (self.qdata, scale.mT, zero_point.mT) if swap else (self.qdata, scale, zero_point)
+
+    def _in_my_layout(self, other: Int4TensorBase) -> Int4TensorBase:
+        """``other``, of any layout, in this tensor's."""
+        if type(other) is type(self):
+            return other
+        return type(self).from_int4_tensor(other.to_int4_tensor())
 
     # --- values --------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
+from int4q.ops import linear_parts
 from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
 from int4q.tensor.int4_tensor import Int4Tensor
 
@@ -78,8 +79,7 @@ class CudaCoalescedInt4Tensor(Int4TensorBase):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.activation_dtype != torch.int8:
-            qdata, scale, zero_point = self._weight_parts()
-            return torch.ops.int4q.int4_linear(x, qdata, scale, zero_point, self.group_size, bias)
+            return linear_parts(x, *self._weight_parts(), self.group_size, bias)
         y = torch.ops.int4q.int4_plain_mm(
             x, self.qdata, self.scale, self.zero_point, self.group_size
         )

@@ -202,12 +202,7 @@ def _(func, types, args, kwargs):
             type(src).__name__,
             "Quantise it with from_hp first",
         )
-    if type(src) is not type(self):
-        src = (
-            type(self).from_int4_tensor(src.to_int4_tensor())
-            if hasattr(type(self), "from_int4_tensor")
-            else src.to_int4_tensor()
-        )
+    src = self._in_my_layout(src)
     if self.shape != src.shape or self.block_size != src.block_size:
         raise errors.value(
             f"copy_ needs shape {errors.dims(self.shape)} and block_size {self.block_size}",

@@ -1,4 +1,4 @@
-"""``CpuPackedInt4Tensor``: the layout of torch's CPU int4 kernel, for inference in place."""
+"""``CpuPackedInt4Tensor``: the layout of whichever CPU kernel runs it, for inference in place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from int4q import errors, geometry
-from int4q.kernels import aten_packed
-from int4q.ops import SCALE_DTYPES
+from int4q.kernels import aten_packed, cpu
+from int4q.ops import SCALE_DTYPES, linear_parts
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.int4_tensor import Int4Tensor
 
@@ -17,20 +17,23 @@ _UNPACK = "Convert it with .to_int4_tensor() first"
 
 
 class CpuPackedInt4Tensor(Int4TensorBase):
-    """A groupwise 4-bit weight ``[N, K]`` packed for torch's CPU kernel.
+    """A groupwise 4-bit weight ``[N, K]`` in the order that this machine's CPU kernel reads.
 
-    Tensor data:
-        qdata: uint8 ``[N, K/2]`` in the order of ``aten._convert_weight_to_int4pack_for_cpu``,
-            which depends on the processor's vector unit.
-        scale_and_zero: ``[n_groups, N, 2]``, ``value = q * scale + zero``.
+    Tensor data, by ``packing``:
+        ``"rows"`` (int4q's compiled kernel): ``qdata`` int8 ``[N, K/2]``, the plain bytes;
+            ``scale_and_zero`` ``[N, n_groups, 2]``, a row's scales and zero points side by side.
+        ``"aten"`` (torch's int4 kernel): ``qdata`` uint8 ``[N, K/2]`` in the order of
+            ``aten._convert_weight_to_int4pack_for_cpu``, which depends on the processor's vector
+            unit; ``scale_and_zero`` ``[n_groups, N, 2]``; N a multiple of 16.
         act_pre_scale: optional, ``[K]``; multiplies the activation first.
 
-    It multiplies, and converts to and from :class:`~int4q.Int4Tensor` without loss. On disk it is
-    a plain weight, repacked on loading: the order of the bytes means nothing on another machine.
-    Every shape op raises.
+    In both ``value = q * scale + zero``. It multiplies, and converts to and from
+    :class:`~int4q.Int4Tensor` without loss. On disk it is a plain weight, packed for the machine
+    that reads it. Every shape op raises.
     """
 
     tensor_data_names = ["qdata", "scale_and_zero"]
+    tensor_attribute_names = ["block_size", "shape", "packing"]
     parts = {}
     activation_dtypes = (torch.bfloat16,)
     other_layout_fix = ""
@@ -41,10 +44,11 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         scale_and_zero: Tensor,
         block_size: list[int],
         shape: Sequence[int],
+        packing: str,
         act_pre_scale: Tensor | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
-        cls._check(qdata, scale_and_zero, block_size, shape, act_pre_scale, activation_dtype)
+        cls._check_parts(qdata, scale_and_zero, block_size, shape, packing)
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=scale_and_zero.dtype, device=qdata.device
         )
@@ -55,24 +59,26 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         scale_and_zero: Tensor,
         block_size: list[int],
         shape: Sequence[int],
+        packing: str,
         act_pre_scale: Tensor | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
         self.qdata = qdata
         self.scale_and_zero = scale_and_zero
         self.block_size = list(block_size)
+        self.packing = packing
         self.act_pre_scale = act_pre_scale
         self.activation_dtype = activation_dtype or self.activation_dtypes[0]
 
     @classmethod
-    def _check(
-        cls, qdata, scale_and_zero, block_size, shape, act_pre_scale, activation_dtype
-    ) -> None:
-        cls._check_shape(shape, block_size)
-        N, K = shape
+    def _check_parts(cls, qdata, scale_and_zero, block_size, shape, packing) -> None:
+        cls._check_shape(shape, block_size, packing)
+        (N, K), n_groups = shape, shape[1] // block_size[1]
+        dtype = torch.int8 if packing == "rows" else torch.uint8
+        scales = (N, n_groups, 2) if packing == "rows" else (n_groups, N, 2)
         for name, t, dtypes, expected in (
-            ("qdata", qdata, (torch.uint8,), (N, K // 2)),
-            ("scale_and_zero", scale_and_zero, SCALE_DTYPES, (K // block_size[1], N, 2)),
+            ("qdata", qdata, (dtype,), (N, K // 2)),
+            ("scale_and_zero", scale_and_zero, SCALE_DTYPES, scales),
         ):
             if t.dtype not in dtypes or t.shape != expected:
                 raise errors.value(
@@ -83,15 +89,18 @@ class CpuPackedInt4Tensor(Int4TensorBase):
                 raise errors.value(f"{name} must stay on the cpu", t.device, _UNPACK)
 
     @classmethod
-    def _check_shape(cls, shape, block_size) -> None:
+    def _check_shape(cls, shape, block_size, packing) -> None:
+        if packing not in cpu.PACKINGS:
+            raise errors.value(f"packing must be one of {cpu.PACKINGS}", repr(packing))
         if len(shape) != 2 or geometry.grouped_dim(block_size) != 1:
             raise errors.value(
                 f"{cls.__name__} holds a weight [N, K] grouped along K",
                 f"{errors.dims(shape)} with block_size {list(block_size)}",
             )
-        if shape[0] % aten_packed.N_MULTIPLE or shape[1] % block_size[1]:
+        n_multiple = cpu.PACKINGS[packing]
+        if shape[0] % n_multiple or shape[1] % block_size[1]:
             raise errors.value(
-                f"N must be a multiple of {aten_packed.N_MULTIPLE} and K of {block_size[1]}",
+                f"N must be a multiple of {n_multiple} and K of {block_size[1]}",
                 errors.dims(shape),
             )
 
@@ -102,36 +111,61 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         block_size: Sequence[int],
         activation_dtype: torch.dtype | None = None,
         algorithm: str = "tinygemm",
+        packing: str | None = None,
     ) -> CpuPackedInt4Tensor:
         """Quantise a high-precision weight ``[N, K]``; errors as ``Int4Tensor.from_hp``."""
-        return cls.from_int4_tensor(Int4Tensor.from_hp(w, block_size, activation_dtype, algorithm))
+        plain = Int4Tensor.from_hp(w, block_size, activation_dtype, algorithm)
+        return cls.from_int4_tensor(plain, packing)
 
     @classmethod
-    def from_int4_tensor(cls, t: Int4Tensor) -> CpuPackedInt4Tensor:
+    def from_int4_tensor(cls, t: Int4Tensor, packing: str | None = None) -> CpuPackedInt4Tensor:
         """Repack a plain weight on the CPU.
+
+        Args:
+            t: the weight.
+            packing: ``"rows"`` or ``"aten"``; by default the faster one that this machine runs.
 
         Raises:
             TypeError: ``t`` is not an :class:`~int4q.Int4Tensor`.
-            ValueError: not on the CPU, not 2-D, transposed, or N no multiple of 16.
+            ValueError: not on the CPU, not 2-D, transposed, or N does not suit the packing.
         """
         if not isinstance(t, Int4Tensor):
             raise errors.type_("t must be an int4q.Int4Tensor", type(t).__name__)
         if t.device.type not in ("cpu", "meta"):
             raise errors.value("the weight must be on the cpu", t.device)
-        cls._check_shape(t.shape, t.block_size)
-        pack = torch.empty_like if t.qdata.is_meta else aten_packed.pack
-        qdata = pack(t.qdata).view(torch.uint8)
-        scale_and_zero = aten_packed.scale_and_zero(t.scale, t.zero_point, t.dtype)
-        return cls(qdata, scale_and_zero, t.block_size, t.shape, t.act_pre_scale)
+        packing = packing or cpu.preferred_packing()
+        cls._check_shape(t.shape, t.block_size, packing)
+        if packing == "rows":
+            qdata = t.qdata
+            scale_and_zero = aten_packed.scale_and_zero(t.scale.mT, t.zero_point.mT, t.dtype)
+        else:
+            pack = torch.empty_like if t.qdata.is_meta else aten_packed.pack
+            qdata = pack(t.qdata).view(torch.uint8)
+            scale_and_zero = aten_packed.scale_and_zero(t.scale, t.zero_point, t.dtype)
+        return cls(qdata, scale_and_zero, t.block_size, t.shape, packing, t.act_pre_scale)
 
     def to_int4_tensor(self) -> Int4Tensor:
         """The plain weight of the same values."""
-        return Int4Tensor(*self._weight_parts(), self.block_size, self.shape, self.act_pre_scale)
+        qdata, scale, zero_point = self._weight_parts()
+        return Int4Tensor(
+            qdata,
+            scale.contiguous(),
+            zero_point.contiguous(),
+            self.block_size,
+            self.shape,
+            self.act_pre_scale,
+        )
 
     def _weight_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         scale, zero_point = self.scale_and_zero.unbind(-1)
-        qdata = torch.ops.int4q.int4_cpu_unpack(self.qdata)
-        return qdata, scale.contiguous(), zero_point.contiguous()
+        if self.packing == "rows":
+            return self.qdata, scale.mT, zero_point.mT
+        return torch.ops.int4q.int4_cpu_unpack(self.qdata), scale, zero_point
+
+    def _in_my_layout(self, other: Int4TensorBase) -> Int4TensorBase:
+        if getattr(other, "packing", None) == self.packing:
+            return other
+        return self.from_int4_tensor(other.to_int4_tensor(), self.packing)
 
     def _rebuild(self, fn, shape, block_size, act_pre_scale=None):
         raise errors.value(
@@ -139,6 +173,8 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         )
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.packing == "rows":
+            return linear_parts(x, *self._weight_parts(), self.group_size, bias)
         y = torch.ops.int4q.int4_cpu_packed_linear(
             x, self.qdata, self.scale_and_zero, self.group_size
         )

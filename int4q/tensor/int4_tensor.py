@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.ops import dispatches_nothing, run_linear
+from int4q.ops import linear_parts
 from int4q.tensor import compute_ops, shape_ops  # noqa: F401  (registered before subclasses)
 from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
 
@@ -114,15 +114,17 @@ class Int4Tensor(Int4TensorBase):
             activation_dtype=self.activation_dtype,
         )
 
+    @classmethod
+    def from_int4_tensor(cls, t: Int4Tensor) -> Int4Tensor:
+        """``t`` itself: every layout has this way from plain."""
+        return t
+
     def to_int4_tensor(self) -> Int4Tensor:
         """Itself: every layout has this way back to plain."""
         return self
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        args = (x, self.qdata, self.scale, self.zero_point, self.group_size, bias)
-        if dispatches_nothing(x, bias):
-            return run_linear("int4_linear", *args)
-        return torch.ops.int4q.int4_linear(*args)
+        return linear_parts(x, self.qdata, self.scale, self.zero_point, self.group_size, bias)
 
 
 torch.serialization.add_safe_globals([Int4Tensor])

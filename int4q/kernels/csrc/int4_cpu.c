@@ -1,0 +1,941 @@
+/* int4 weight-only linear and dequantisation for x86-64 CPUs.
+ *
+ * Weights, logical [N, K], value[n, k] = q[n, k] * scale[g, n] + zero_point[g, n], g = k / group:
+ *   qdata       int8 [N, K/2]; even k in the low nibble, odd k in the high one, signed q in -8..7
+ *   scale       bf16, fp16 or fp32 [G, N], any strides
+ *   zero_point  the same dtype [G, N], any strides
+ * group is 32, 64, 128 or 256 and divides K. Activations x are [M, K], results [M, N].
+ *
+ * int4q_decode   1 <= M <= 8: one pass over the 4-bit weights; x as 16 or 24 bit fixed point (VNNI)
+ * int4q_gemm     any M, x bf16: weights rounded once to bf16, float32 sums (AMX tiles)
+ * int4q_dequant  rows of the weight as bf16, fp16 or fp32
+ *
+ * Every function names its instruction set, so the file needs no -march; where it is not x86-64 or
+ * the compiler is not gcc or clang, int4q_cpu_features() is 0 and the kernels return
+ * INT4Q_UNSUPPORTED. Kernels hold no global state; several threads may call them at once.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum { KIND_BF16 = 0, KIND_FP16 = 1, KIND_FP32 = 2 };
+enum { FEATURE_VNNI = 1, FEATURE_AMX = 2 };
+enum { INT4Q_OK = 0, INT4Q_UNSUPPORTED = 1, INT4Q_NO_MEMORY = 2 };
+
+/* All a kernel reads and writes. Strides count elements (bytes for qdata). */
+typedef struct {
+    const void *x;        /* [M, K], kind x_kind, inner stride 1 */
+    const uint8_t *qdata; /* [N, K/2], inner stride 1 */
+    const void *scale;    /* [G, N], kind scale_kind */
+    const void *zero;     /* [G, N], kind scale_kind */
+    const float *bias;    /* [N] or NULL */
+    void *out;            /* [M, N] (dequant: [N, K]), kind out_kind, inner stride 1 */
+    int64_t x_stride, q_stride, out_stride;
+    int64_t scale_stride_g, scale_stride_n, zero_stride_g, zero_stride_n;
+    int64_t M, N, K, group;
+    int64_t x_kind, scale_kind, out_kind, threads;
+} int4q_args;
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(_MSC_VER)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
+#define TARGET_AMX \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---------------------------------------------------------------------------------------------
+ * CPU features
+ * ------------------------------------------------------------------------------------------- */
+
+static uint64_t os_state_mask(void) {
+    uint32_t eax, edx;
+    __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    return ((uint64_t)edx << 32) | eax;
+}
+
+/* Linux hands a process the AMX tile registers only on request. */
+static int request_tiles(void) {
+#ifdef __linux__
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+static int detect_features(void) {
+    unsigned a, b, c, d, b7, c7, d7;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return 0; /* OSXSAVE */
+    const int has_fma = (c >> 12) & 1;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
+    const uint64_t zmm = 0xe6, tiles = 3u << 17; /* XCR0: SSE, AVX, opmask, zmm; tile state */
+    const uint64_t os = os_state_mask();
+    const int avx512 = ((b7 >> 16) & 1) && ((b7 >> 30) & 1) && ((b7 >> 31) & 1); /* f, bw, vl */
+    const int vnni = (c7 >> 11) & 1;
+    if (!avx512 || !vnni || !has_fma || (os & zmm) != zmm) return 0;
+    unsigned a71 = 0;
+    __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    const int bf16 = (a71 >> 5) & 1, amx = ((d7 >> 22) & 1) && ((d7 >> 24) & 1);
+    if (bf16 && amx && (os & tiles) == tiles && request_tiles())
+        return FEATURE_VNNI | FEATURE_AMX;
+    return FEATURE_VNNI;
+}
+
+EXPORT int int4q_cpu_features(void) {
+    static int cached = -1; /* every thread would write the same value */
+    int features = __atomic_load_n(&cached, __ATOMIC_RELAXED);
+    if (features < 0) {
+        features = detect_features();
+        __atomic_store_n(&cached, features, __ATOMIC_RELAXED);
+    }
+    return features;
+}
+
+/* ---------------------------------------------------------------------------------------------
+ * Loads, stores, small shared pieces
+ * ------------------------------------------------------------------------------------------- */
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static void *aligned_new(int64_t bytes) {
+    void *p = NULL;
+    return posix_memalign(&p, 64, (size_t)bytes) ? NULL : p;
+}
+
+INLINE TARGET_VNNI __m512 bf16_to_float(__m256i h) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+/* Round to nearest even; a NaN keeps its upper bits and stays quiet. */
+INLINE TARGET_VNNI __m256i float_to_bf16(__m512 f) {
+    const __m512i bits = _mm512_castps_si512(f);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
+}
+
+/* Elements [i, i + 16) of p, those in the mask, as float. */
+INLINE TARGET_VNNI __m512 load_floats(const void *p, int64_t kind, int64_t i, __mmask16 mask) {
+    if (kind == KIND_FP32) return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + i);
+    return kind == KIND_BF16 ? bf16_to_float(half) : _mm512_cvtph_ps(half);
+}
+
+INLINE TARGET_VNNI __m256i to_half(__m512 f, int64_t kind) {
+    return kind == KIND_BF16 ? float_to_bf16(f)
+                             : _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+INLINE TARGET_VNNI void store_floats(void *p, int64_t kind, int64_t i, __mmask16 mask, __m512 f) {
+    if (kind == KIND_FP32)
+        _mm512_mask_storeu_ps((float *)p + i, mask, f);
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)p + i, mask, to_half(f, kind));
+}
+
+/* Mask of the valid lanes when `count` elements are left. */
+INLINE __mmask16 lanes(int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+}
+
+/* Entry [g, n0 .. n0 + 15] of scale or zero_point as float; lanes past N are 0. */
+INLINE TARGET_VNNI __m512 load_params(const void *p, int64_t kind, int64_t stride_g,
+                                      int64_t stride_n, int64_t g, int64_t n0, __mmask16 mask) {
+    const int64_t first = g * stride_g + n0 * stride_n;
+    if (stride_n == 1) return load_floats(p, kind, first, mask);
+    union {
+        uint32_t word[16];
+        uint16_t half[16];
+    } row = {{0}}; /* strided: bring the 16 elements together, then convert */
+    for (int i = 0; i < 16 && (mask >> i); i++) {
+        const int64_t at = first + i * stride_n;
+        if (kind == KIND_FP32)
+            row.word[i] = ((const uint32_t *)p)[at];
+        else
+            row.half[i] = ((const uint16_t *)p)[at];
+    }
+    return load_floats(&row, kind, 0, 0xffff);
+}
+
+INLINE TARGET_VNNI __m512 load_scale(const int4q_args *a, int64_t g, int64_t n0, __mmask16 mask) {
+    return load_params(a->scale, a->scale_kind, a->scale_stride_g, a->scale_stride_n, g, n0, mask);
+}
+
+INLINE TARGET_VNNI __m512 load_zero(const int4q_args *a, int64_t g, int64_t n0, __mmask16 mask) {
+    return load_params(a->zero, a->scale_kind, a->zero_stride_g, a->zero_stride_n, g, n0, mask);
+}
+
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* Share `part` of `parts` of [0, total). */
+static range share(int64_t total, int64_t part, int64_t parts) {
+    const range r = {total * part / parts, total * (part + 1) / parts};
+    return r;
+}
+
+/* Threads worth waking: no more than pieces of work, and `work` (bytes of weights, times the rows
+ * of x that use them) enough for each. */
+static int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work) {
+    enum { WORK_PER_THREAD = 64 << 10 };
+    const int64_t threads = min64(min64(a->threads, pieces), ceil_div(work, WORK_PER_THREAD));
+    return threads < 1 ? 1 : threads;
+}
+
+/* OpenMP where it was compiled in; one thread elsewhere. */
+#ifdef _OPENMP
+#define PRAGMA(text) _Pragma(#text)
+#define PARALLEL(count) PRAGMA(omp parallel num_threads((int)(count)) if ((count) > 1))
+#define BARRIER PRAGMA(omp barrier)
+#define THREAD_INDEX omp_get_thread_num()
+#define THREAD_COUNT omp_get_num_threads()
+#else
+#define PARALLEL(count)
+#define BARRIER
+#define THREAD_INDEX 0
+#define THREAD_COUNT 1
+#endif
+
+/* ---------------------------------------------------------------------------------------------
+ * Decode, step 1: x as block fixed point
+ *
+ * Eight consecutive k of one row share a power of two d, x = v * d, v a signed integer of `limbs`
+ * int8 limbs, v = sum_l limb[l] * 256^l. A "unit" is 128 k of one row (64 bytes of weights), in the
+ * order in which vpdpbusd wants it; int32 lane i of a register sees the k in [8 i, 8 i + 8):
+ *   limb[l]     int8 [even k: 64][odd k: 64]
+ *   offset      int32 [16] (three limbs: one for limbs 0 and 1, one for limb 2): -8 * sum of v over
+ *               the lane, since the weights enter as u = q + 8
+ *   d           float [16]
+ * ------------------------------------------------------------------------------------------- */
+
+enum { UNIT_K = 128, SPAN_K = 256, MAX_DECODE_M = 8, ROWS = 16 };
+
+INLINE int64_t unit_bytes(int limbs) { return limbs * 128 + (limbs - 1) * 64 + 64; }
+
+typedef struct {
+    int64_t M, units, groups;
+    int limbs;
+    uint8_t *units_x; /* [units][M][unit_bytes] */
+    float *group_sum; /* [M][groups]: sum of x over a group, which zero_point multiplies */
+} turned_x;
+
+INLINE TARGET_VNNI __m512i max_of_four(__m512i v) {
+    v = _mm512_max_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
+    return _mm512_max_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
+}
+
+INLINE TARGET_VNNI __m512i sum_of_four(__m512i v) {
+    v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
+    return _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
+}
+
+/* Lanes 0, 4, 8, 12. */
+INLINE TARGET_VNNI __m128i every_fourth(__m512i v) {
+    return _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, v));
+}
+
+/* Exponent field of the block's d: amax / d lies in [2^(bits-1), 2^bits) but for 1/128 at the top,
+ * where the upper limb would overflow. Blocks below 2^-87 share one d. */
+INLINE TARGET_VNNI __m512i block_exponent(__m512i amax_bits, int bits) {
+    const __m512i field =
+        _mm512_srli_epi32(_mm512_add_epi32(amax_bits, _mm512_set1_epi32(1 << 16)), 23);
+    return _mm512_sub_epi32(_mm512_max_epi32(field, _mm512_set1_epi32(40)),
+                            _mm512_set1_epi32(bits - 1));
+}
+
+/* 32 k of x (even and odd ones) -> 16 byte of each limb, 4 lanes of offset and d. */
+INLINE TARGET_VNNI void turn_chunk(__m512 even, __m512 odd, int limbs, uint8_t *unit, int chunk) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i abs_even = _mm512_and_si512(_mm512_castps_si512(even), magnitude);
+    const __m512i abs_odd = _mm512_and_si512(_mm512_castps_si512(odd), magnitude);
+    const __m512i amax = max_of_four(_mm512_max_epi32(abs_even, abs_odd));
+    const __m512i field = block_exponent(amax, limbs == 2 ? 15 : 23);
+    const __m512 inverse = _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254), field), 23));
+    /* A block with NaN or Inf in it gets d = NaN, so that every result it enters is NaN. */
+    const __mmask16 bad = _mm512_cmpge_epi32_mask(amax, _mm512_set1_epi32(0x7f800000));
+    const __m512i d =
+        _mm512_mask_mov_epi32(_mm512_slli_epi32(field, 23), bad, _mm512_set1_epi32(0x7fc00000));
+    __m512i v_even = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(even, inverse));
+    __m512i v_odd = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(odd, inverse));
+    const __m512i half = _mm512_set1_epi32(128);
+    __m512i low = _mm512_setzero_si512(), sum = _mm512_add_epi32(v_even, v_odd);
+    for (int l = 0; l < limbs; l++) {
+        uint8_t *to = unit + l * 128 + chunk * 16;
+        if (l == 2) { /* what limbs 0 and 1 hold is v - limb2 * 2^16 */
+            const __m512i top = _mm512_add_epi32(v_even, v_odd);
+            low = _mm512_sub_epi32(sum, _mm512_slli_epi32(top, 16));
+            sum = top;
+        }
+        _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(v_even));
+        _mm_storeu_si128((__m128i *)(to + 64), _mm512_cvtepi32_epi8(v_odd));
+        v_even = _mm512_srai_epi32(_mm512_add_epi32(v_even, half), 8);
+        v_odd = _mm512_srai_epi32(_mm512_add_epi32(v_odd, half), 8);
+    }
+    const __m512i minus8 = _mm512_set1_epi32(-8);
+    __m128i *offset = (__m128i *)(unit + limbs * 128 + chunk * 16);
+    if (limbs == 3) {
+        _mm_storeu_si128(offset, every_fourth(_mm512_mullo_epi32(sum_of_four(low), minus8)));
+        offset += 4;
+    }
+    _mm_storeu_si128(offset, every_fourth(_mm512_mullo_epi32(sum_of_four(sum), minus8)));
+    _mm_storeu_si128(offset + 4, every_fourth(d));
+}
+
+/* Row m, k in [span * 256, span * 256 + 256): whole groups, so that their sums are final. */
+static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_t m, int64_t span) {
+    const __m512i even_index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
+                                                2, 0);
+    const __m512i odd_index = _mm512_add_epi32(even_index, _mm512_set1_epi32(1));
+    const int64_t last = min64(SPAN_K, t->units * UNIT_K - span * SPAN_K);
+    float sum = 0;
+    for (int64_t i = 0; i < last; i += 32) {
+        const int64_t k = span * SPAN_K + i, unit = k / UNIT_K;
+        const __mmask16 mask = k < a->K ? 0xffff : 0; /* K is a multiple of 32, the units' of 128 */
+        const int64_t at = k < a->K ? m * a->x_stride + k : 0;
+        const __m512 lo = load_floats(a->x, a->x_kind, at, mask);
+        const __m512 hi = load_floats(a->x, a->x_kind, at + (mask ? 16 : 0), mask);
+        uint8_t *to = t->units_x + (unit * t->M + m) * unit_bytes(t->limbs);
+        turn_chunk(_mm512_permutex2var_ps(lo, even_index, hi),
+                   _mm512_permutex2var_ps(lo, odd_index, hi), t->limbs, to,
+                   (int)(k % UNIT_K) / 32);
+        if (!mask) continue;
+        sum += _mm512_reduce_add_ps(_mm512_add_ps(lo, hi));
+        if ((k + 32) % a->group == 0) {
+            t->group_sum[m * t->groups + k / a->group] = sum;
+            sum = 0;
+        }
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------
+ * Decode, step 2: 16 rows of the weight at a time
+ * ------------------------------------------------------------------------------------------- */
+
+/* Scale of the 16 rows, float. Groups of 128 and more: [G][16 rows], one value for a whole register
+ * of weights. Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of a unit. */
+INLINE int row_slot(int row) { return (row & 3) * 4 + (row >> 2); }
+
+INLINE TARGET_VNNI void scales_by_group(const int4q_args *a, int64_t n0, __mmask16 mask,
+                                        int64_t groups, float *to) {
+    for (int64_t g = 0; g < groups; g++)
+        _mm512_store_ps(to + g * ROWS, load_scale(a, g, n0, mask));
+}
+
+/* 4x4 transposes inside each 128-bit lane put row 4 * lane + j into lane `lane` of register j. */
+INLINE TARGET_VNNI void scales_by_quad(const int4q_args *a, int64_t n0, __mmask16 mask,
+                                       int64_t units, float *to) {
+    for (int64_t unit = 0; unit < units; unit++) {
+        __m512 r[4];
+        for (int i = 0; i < 4; i++) {
+            const int64_t k = unit * UNIT_K + i * 32;
+            r[i] = k < a->K ? load_scale(a, k / a->group, n0, mask) : _mm512_setzero_ps();
+        }
+        const __m512 ab_lo = _mm512_unpacklo_ps(r[0], r[1]), ab_hi = _mm512_unpackhi_ps(r[0], r[1]);
+        const __m512 cd_lo = _mm512_unpacklo_ps(r[2], r[3]), cd_hi = _mm512_unpackhi_ps(r[2], r[3]);
+        float *quad = to + unit * ROWS * 4;
+        _mm512_store_ps(quad, _mm512_shuffle_ps(ab_lo, cd_lo, 0x44));
+        _mm512_store_ps(quad + 16, _mm512_shuffle_ps(ab_lo, cd_lo, 0xee));
+        _mm512_store_ps(quad + 32, _mm512_shuffle_ps(ab_hi, cd_hi, 0x44));
+        _mm512_store_ps(quad + 48, _mm512_shuffle_ps(ab_hi, cd_hi, 0xee));
+    }
+}
+
+INLINE TARGET_VNNI __m512 row_scale(const float *scales, int quads, int64_t unit, int row,
+                                    int64_t units_per_group) {
+    if (!quads) return _mm512_set1_ps(scales[unit / units_per_group * ROWS + row]);
+    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m128 four = _mm_load_ps(scales + (unit * ROWS + row_slot(row)) * 4);
+    return _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four));
+}
+
+/* Sum over one unit of u * v - 8 * v = q * v for one row of x, exact, times d. */
+INLINE TARGET_VNNI __m512 dot_unit(__m512i even, __m512i odd, const uint8_t *x, int limbs) {
+    const __m512i *limb = (const __m512i *)x;
+    const __m512i *offset = limb + 2 * limbs;
+    __m512i l0 = _mm512_dpbusd_epi32(_mm512_load_si512(offset), even, _mm512_load_si512(limb));
+    __m512i l1 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(limb + 2));
+    l0 = _mm512_dpbusd_epi32(l0, odd, _mm512_load_si512(limb + 1));
+    l1 = _mm512_dpbusd_epi32(l1, odd, _mm512_load_si512(limb + 3));
+    __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(l1, 8), l0));
+    if (limbs == 3) {
+        __m512i l2 =
+            _mm512_dpbusd_epi32(_mm512_load_si512(offset + 1), even, _mm512_load_si512(limb + 4));
+        l2 = _mm512_dpbusd_epi32(l2, odd, _mm512_load_si512(limb + 5));
+        dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(l2), _mm512_set1_ps(65536.0f), dot);
+    }
+    return _mm512_mul_ps(dot, _mm512_load_ps((const float *)(offset + limbs - 1)));
+}
+
+/* u = q + 8 of the even and the odd k in 64 bytes. */
+INLINE TARGET_VNNI void unpack_unsigned(__m512i w, __m512i *even, __m512i *odd) {
+    const __m512i flip = _mm512_set1_epi8((char)0x88), low = _mm512_set1_epi8(0x0f);
+    enum { XOR_THEN_AND = 0x28 };
+    *even = _mm512_ternarylogic_epi32(w, flip, low, XOR_THEN_AND);
+    *odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), flip, low, XOR_THEN_AND);
+}
+
+typedef struct {
+    const uint8_t *row[ROWS]; /* past N: the last row again */
+    const float *scales;
+    int64_t full_units;  /* of these 64 bytes may be read */
+    __mmask16 tail_mask; /* dwords of the last, shorter unit */
+    int64_t units_per_group, prefetch;
+} weight_rows;
+
+/* Adds units [begin, end) of R rows from `first` on to sums[row][m], 16 partial sums each. */
+INLINE TARGET_VNNI void decode_rows(const weight_rows *w, const turned_x *t, int first,
+                                    int64_t begin, int64_t end, __m512 *sums, const int M,
+                                    const int R, const int limbs, const int quads) {
+    __m512 acc[4 * MAX_DECODE_M];
+    for (int i = 0; i < R * M; i++) acc[i] = sums[first * M + i];
+    for (int64_t unit = begin; unit < end; unit++) {
+        const uint8_t *x = t->units_x + unit * M * unit_bytes(limbs);
+        __m512i even[4], odd[4];
+        __m512 scale[4];
+        for (int r = 0; r < R; r++) {
+            const uint8_t *at = w->row[first + r] + unit * 64;
+            const __m512i bytes = unit < w->full_units ? _mm512_loadu_si512(at)
+                                                       : _mm512_maskz_loadu_epi32(w->tail_mask, at);
+            _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
+            unpack_unsigned(bytes, &even[r], &odd[r]);
+            scale[r] = row_scale(w->scales, quads, unit, first + r, w->units_per_group);
+        }
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < R; r++)
+                acc[r * M + m] =
+                    _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(limbs), limbs),
+                                    scale[r], acc[r * M + m]);
+    }
+    for (int i = 0; i < R * M; i++) sums[first * M + i] = acc[i];
+}
+
+/* Bytes of turned x that one sweep over the 16 rows uses: half of a first-level cache. */
+enum { SWEEP_BYTES = 24 << 10 };
+
+INLINE TARGET_VNNI void decode_sweeps(const weight_rows *w, const turned_x *t, __m512 *sums,
+                                      const int M, const int R, const int limbs, const int quads) {
+    const int64_t step = SWEEP_BYTES / (M * unit_bytes(limbs));
+    for (int64_t begin = 0; begin < t->units; begin += step)
+        for (int first = 0; first < ROWS; first += R)
+            decode_rows(w, t, first, begin, min64(begin + step, t->units), sums, M, R, limbs,
+                        quads);
+}
+
+typedef void (*sweeps_fn)(const weight_rows *, const turned_x *, __m512 *);
+
+#define DEFINE_SWEEPS(M, R)                                                               \
+    static TARGET_VNNI void sweeps_##M##_2(const weight_rows *w, const turned_x *t, __m512 *s) { \
+        decode_sweeps(w, t, s, M, R, 2, 0);                                               \
+    }                                                                                     \
+    static TARGET_VNNI void sweeps_##M##_3(const weight_rows *w, const turned_x *t, __m512 *s) { \
+        decode_sweeps(w, t, s, M, R, 3, 0);                                               \
+    }                                                                                     \
+    static TARGET_VNNI void quads_##M##_2(const weight_rows *w, const turned_x *t, __m512 *s) { \
+        decode_sweeps(w, t, s, M, R, 2, 1);                                               \
+    }                                                                                     \
+    static TARGET_VNNI void quads_##M##_3(const weight_rows *w, const turned_x *t, __m512 *s) { \
+        decode_sweeps(w, t, s, M, R, 3, 1);                                               \
+    }
+DEFINE_SWEEPS(1, 4)
+DEFINE_SWEEPS(2, 4)
+DEFINE_SWEEPS(3, 4)
+DEFINE_SWEEPS(4, 2)
+DEFINE_SWEEPS(5, 2)
+DEFINE_SWEEPS(6, 2)
+DEFINE_SWEEPS(7, 2)
+DEFINE_SWEEPS(8, 2)
+
+static sweeps_fn choose_sweeps(int64_t M, int limbs, int quads) {
+#define ROW_OF_TABLE(M) {{sweeps_##M##_2, sweeps_##M##_3}, {quads_##M##_2, quads_##M##_3}}
+    static const sweeps_fn table[MAX_DECODE_M][2][2] = {
+        ROW_OF_TABLE(1), ROW_OF_TABLE(2), ROW_OF_TABLE(3), ROW_OF_TABLE(4),
+        ROW_OF_TABLE(5), ROW_OF_TABLE(6), ROW_OF_TABLE(7), ROW_OF_TABLE(8)};
+    return table[M - 1][quads][limbs - 2];
+}
+
+/* Row m of the results for 16 rows of the weight: partial sums + zero points + bias. */
+INLINE TARGET_VNNI void finish_rows(const int4q_args *a, const turned_x *t, const __m512 *sums,
+                                    int64_t n0, __mmask16 mask) {
+    __m512 total[MAX_DECODE_M];
+    for (int64_t m = 0; m < t->M; m++) {
+        float dot[ROWS];
+        for (int r = 0; r < ROWS; r++) dot[r] = _mm512_reduce_add_ps(sums[r * t->M + m]);
+        total[m] = _mm512_loadu_ps(dot);
+    }
+    for (int64_t g = 0; g < t->groups; g++) {
+        const __m512 zero = load_zero(a, g, n0, mask);
+        for (int64_t m = 0; m < t->M; m++)
+            total[m] = _mm512_fmadd_ps(zero, _mm512_set1_ps(t->group_sum[m * t->groups + g]),
+                                       total[m]);
+    }
+    const __m512 bias = a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + n0) : _mm512_setzero_ps();
+    for (int64_t m = 0; m < t->M; m++)
+        store_floats(a->out, a->out_kind, m * a->out_stride + n0, mask,
+                     _mm512_add_ps(total[m], bias));
+}
+
+static int64_t scales_floats(const int4q_args *a, const turned_x *t) {
+    return a->group < UNIT_K ? t->units * ROWS * 4 : (t->groups + 1) * ROWS;
+}
+
+/* Blocks of 16 rows. `scales` holds scales_floats() floats of this thread. */
+static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, range blocks,
+                                      float *scales) {
+    const int quads = a->group < UNIT_K;
+    const sweeps_fn sweeps = choose_sweeps(t->M, t->limbs, quads);
+    weight_rows w = {.scales = scales,
+                     .full_units = a->K / UNIT_K,
+                     .tail_mask = lanes(a->K % UNIT_K / 8),
+                     .units_per_group = a->group < UNIT_K ? 1 : a->group / UNIT_K,
+                     .prefetch = 4 * a->q_stride};
+    for (int64_t block = blocks.begin; block < blocks.end; block++) {
+        const int64_t n0 = block * ROWS;
+        const __mmask16 mask = lanes(a->N - n0);
+        __m512 sums[ROWS * MAX_DECODE_M];
+        for (int i = 0; i < ROWS * t->M; i++) sums[i] = _mm512_setzero_ps();
+        for (int r = 0; r < ROWS; r++)
+            w.row[r] = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride;
+        if (quads)
+            scales_by_quad(a, n0, mask, t->units, scales);
+        else
+            scales_by_group(a, n0, mask, t->groups, scales);
+        sweeps(&w, t, sums);
+        finish_rows(a, t, sums, n0, mask);
+    }
+}
+
+EXPORT int int4q_decode(const int4q_args *a) {
+    if (!(int4q_cpu_features() & FEATURE_VNNI) || a->M > MAX_DECODE_M) return INT4Q_UNSUPPORTED;
+    turned_x t = {.M = a->M,
+                  .units = ceil_div(a->K, UNIT_K),
+                  .groups = a->K / a->group,
+                  .limbs = a->x_kind == KIND_FP32 ? 3 : 2};
+    const int64_t blocks = ceil_div(a->N, ROWS), spans = ceil_div(a->K, SPAN_K);
+    const int64_t threads = useful_threads(a, blocks, a->N * (a->K / 2) * a->M);
+    const int64_t units_size = t.units * t.M * unit_bytes(t.limbs);
+    const int64_t sums_size = ceil_div(t.M * t.groups, 16) * 64;
+    const int64_t scales_size = scales_floats(a, &t) * (int64_t)sizeof(float);
+    uint8_t *memory = aligned_new(units_size + sums_size + threads * scales_size);
+    if (!memory) return INT4Q_NO_MEMORY;
+    t.units_x = memory;
+    t.group_sum = (float *)(memory + units_size);
+    uint8_t *scales = memory + units_size + sums_size;
+    PARALLEL(threads) {
+        const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
+        const range spans_here = share(spans * t.M, part, parts);
+        for (int64_t i = spans_here.begin; i < spans_here.end; i++)
+            turn_span(a, &t, i % t.M, i / t.M);
+        BARRIER;
+        decode_blocks(a, &t, share(blocks, part, parts), (float *)(scales + part * scales_size));
+    }
+    free(memory);
+    return INT4Q_OK;
+}
+
+/* ---------------------------------------------------------------------------------------------
+ * Dequantisation: a nibble indexes a table of its 16 values, made once for each (row, group)
+ * ------------------------------------------------------------------------------------------- */
+
+/* scale and zero_point of 16 rows, groups [g0, g0 + count), as float [count][16 rows]. */
+INLINE TARGET_VNNI void params_of_rows(const int4q_args *a, int64_t n0, int64_t g0, int64_t count,
+                                       float *scale, float *zero) {
+    const __mmask16 mask = lanes(a->N - n0);
+    for (int64_t g = 0; g < count; g++) {
+        _mm512_store_ps(scale + g * ROWS, load_scale(a, g0 + g, n0, mask));
+        _mm512_store_ps(zero + g * ROWS, load_zero(a, g0 + g, n0, mask));
+    }
+}
+
+/* Entry i: the value of nibble i, q * scale + zero_point, the product rounded before the sum as in
+ * the reference (the rounding variant keeps compilers from fusing the two). */
+INLINE TARGET_VNNI __m512 value_table(float scale, float zero) {
+    const __m512 q = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 product = _mm512_mul_round_ps(q, _mm512_set1_ps(scale),
+                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_add_ps(product, _mm512_set1_ps(zero));
+}
+
+/* 16 bytes -> 32 table entries in the order of k. vpermw looks at 5 bits of each index; the fifth
+ * is some other nibble's, so the table holds its 16 halves twice. */
+INLINE TARGET_VNNI __m512i expand_halves(const uint8_t *w, __m512i table) {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)w));
+    const __m512i index = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
+    return _mm512_permutexvar_epi16(index, table);
+}
+
+/* 8 bytes -> 16 table entries in the order of k; vpermps looks at 4 bits of each index. */
+INLINE TARGET_VNNI __m512 expand_floats(const uint8_t *w, __m512 table) {
+    const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)w));
+    const __m512i index = _mm512_or_si512(byte, _mm512_slli_epi64(byte, 28));
+    return _mm512_permutexvar_ps(index, table);
+}
+
+/* One group of one row. */
+INLINE TARGET_VNNI void dequant_group(const uint8_t *w, __m512 table, int64_t group, int64_t kind,
+                                      void *out, int64_t at) {
+    if (kind == KIND_FP32) {
+        for (int64_t k = 0; k < group; k += 16)
+            _mm512_storeu_ps((float *)out + at + k, expand_floats(w + k / 2, table));
+        return;
+    }
+    const __m512i halves = _mm512_broadcast_i64x4(to_half(table, kind));
+    for (int64_t k = 0; k < group; k += 32)
+        _mm512_storeu_si512((uint16_t *)out + at + k, expand_halves(w + k / 2, halves));
+}
+
+enum { PARAM_GROUPS = 64 }; /* groups whose parameters are converted at a time */
+
+static TARGET_VNNI void dequant_rows(const int4q_args *a, int64_t n0) {
+    const int64_t groups = a->K / a->group, rows = min64(ROWS, a->N - n0);
+    __attribute__((aligned(64))) float scale[PARAM_GROUPS * ROWS], zero[PARAM_GROUPS * ROWS];
+    for (int64_t g0 = 0; g0 < groups; g0 += PARAM_GROUPS) {
+        const int64_t count = min64(PARAM_GROUPS, groups - g0);
+        params_of_rows(a, n0, g0, count, scale, zero);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < count; g++) {
+                const int64_t k = (g0 + g) * a->group;
+                dequant_group(a->qdata + (n0 + r) * a->q_stride + k / 2,
+                              value_table(scale[g * ROWS + r], zero[g * ROWS + r]), a->group,
+                              a->out_kind, a->out, (n0 + r) * a->out_stride + k);
+            }
+    }
+}
+
+EXPORT int int4q_dequant(const int4q_args *a) {
+    if (!(int4q_cpu_features() & FEATURE_VNNI)) return INT4Q_UNSUPPORTED;
+    const int64_t blocks = ceil_div(a->N, ROWS);
+    const int64_t threads = useful_threads(a, blocks, a->N * a->K / 2);
+    PARALLEL(threads) {
+        const range mine = share(blocks, THREAD_INDEX, THREAD_COUNT);
+        for (int64_t block = mine.begin; block < mine.end; block++) dequant_rows(a, block * ROWS);
+    }
+    return INT4Q_OK;
+}
+
+/* ---------------------------------------------------------------------------------------------
+ * GEMM on AMX tiles
+ *
+ * Transposed, C^T[n, m] = W[n, :] x^T[:, m], so that weights are the A operand and need no
+ * transposition: a tile row is 32 consecutive k of one weight row. Tiles are 1 KiB:
+ *   A  bf16 [16 n][32 k]              dequantised on the fly into a buffer that stays in cache
+ *   B  bf16 [16 k pairs][16 m][2]     x, packed once
+ *   C  fp32 [16 n][16 m]
+ * A step is 32 k of a panel (32 rows, two A tiles) and one or two B tiles.
+ * ------------------------------------------------------------------------------------------- */
+
+enum {
+    TILE = 1024,
+    TILE_K = 32,
+    PANEL = 32,          /* weight rows of two A tiles */
+    PANEL_STEP = 2 * TILE,
+    CHUNK_K = 512,       /* k of a dequantised panel: 32 KiB, two thirds of a first-level cache */
+    SMALL_K = 128,       /* the same where weights and tiles take turns, see small_panel() */
+    BLOCK_PANELS = 8,    /* panels that share a chunk of packed x while it is in cache */
+    BLOCK_M = 512        /* rows of x packed at a time */
+};
+
+typedef struct {
+    int64_t m0, rows;           /* rows of x in this block */
+    int64_t m_tiles, k_tiles;
+    uint8_t *tiles;             /* B tiles, [chunks of K][m_tiles][k tiles of the chunk] */
+} packed_x;
+
+/* Chunks are contiguous: a power of two between m tiles would map them all to the same few sets
+ * of the second-level cache. The last chunk may hold fewer k tiles. */
+INLINE uint8_t *b_tile(const packed_x *p, int64_t m_tile, int64_t k_tile) {
+    enum { CHUNK_TILES = CHUNK_K / TILE_K };
+    const int64_t first = k_tile / CHUNK_TILES * CHUNK_TILES;
+    const int64_t length = min64(CHUNK_TILES, p->k_tiles - first);
+    return p->tiles + (first * p->m_tiles + m_tile * length + k_tile - first) * TILE;
+}
+
+INLINE TARGET_AMX void configure_tiles(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = 64;
+        config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+}
+
+INLINE TARGET_VNNI void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) { /* 4x4 inside each 128-bit lane */
+        const __m512i ab_lo = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        const __m512i ab_hi = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        const __m512i cd_lo = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
+        const __m512i cd_hi = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(ab_lo, cd_lo);
+        t[i + 1] = _mm512_unpackhi_epi64(ab_lo, cd_lo);
+        t[i + 2] = _mm512_unpacklo_epi64(ab_hi, cd_hi);
+        t[i + 3] = _mm512_unpackhi_epi64(ab_hi, cd_hi);
+    }
+    for (int j = 0; j < 4; j++) { /* 4x4 of the lanes */
+        const __m512i lo = _mm512_shuffle_i32x4(t[j], t[j + 4], 0x44);
+        const __m512i hi = _mm512_shuffle_i32x4(t[j], t[j + 4], 0xee);
+        const __m512i lo2 = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0x44);
+        const __m512i hi2 = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0xee);
+        r[j] = _mm512_shuffle_i32x4(lo, lo2, 0x88);
+        r[j + 4] = _mm512_shuffle_i32x4(lo, lo2, 0xdd);
+        r[j + 8] = _mm512_shuffle_i32x4(hi, hi2, 0x88);
+        r[j + 12] = _mm512_shuffle_i32x4(hi, hi2, 0xdd);
+    }
+}
+
+/* B tiles of 16 rows of x, k tiles [kt.begin, kt.end); rows past M are 0. */
+static TARGET_VNNI void pack_x(const int4q_args *a, const packed_x *p, int64_t m_tile, range kt) {
+    const int64_t rows = min64(16, p->rows - m_tile * 16);
+    const uint16_t *x = (const uint16_t *)a->x + (p->m0 + m_tile * 16) * a->x_stride;
+    for (int64_t k = kt.begin; k < kt.end; k++) {
+        __m512i r[16];
+        for (int i = 0; i < 16; i++)
+            r[i] = i < rows ? _mm512_loadu_si512(x + i * a->x_stride + k * TILE_K)
+                            : _mm512_setzero_si512();
+        transpose16(r);
+        __m512i *to = (__m512i *)b_tile(p, m_tile, k);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(to + i, r[i]);
+    }
+}
+
+INLINE TARGET_AMX __m512i bf16_table(float scale, float zero) {
+    const __m512 values = value_table(scale, zero);
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+}
+
+/* scale and zero_point of a panel for a chunk of k, [groups of the chunk][32 rows]. */
+typedef struct {
+    __attribute__((aligned(64))) float scale[2][CHUNK_K / 32 * ROWS];
+    __attribute__((aligned(64))) float zero[2][CHUNK_K / 32 * ROWS];
+} panel_params;
+
+INLINE TARGET_VNNI void load_panel_params(const int4q_args *a, int64_t n0, range k,
+                                          panel_params *p) {
+    const int64_t g0 = k.begin / a->group, count = ceil_div(k.end, a->group) - g0;
+    for (int half = 0; half < 2; half++)
+        params_of_rows(a, n0 + half * ROWS, g0, count, p->scale[half], p->zero[half]);
+}
+
+/* Rows [first, last) of the panel at n0, k in `k`, into A tiles [step][2][16 rows][32 k]. */
+INLINE TARGET_AMX void dequant_panel(const int4q_args *a, int64_t n0, range k, int first, int last,
+                                     const panel_params *p, uint8_t *tiles, int64_t prefetch) {
+    const int64_t run = min64(a->group, k.end - k.begin); /* k that share a table */
+    for (int r = first; r < last; r++) {
+        const uint8_t *w = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride + k.begin / 2;
+        uint8_t *to = tiles + r * 64;
+        const float *scale = p->scale[r / ROWS] + r % ROWS, *zero = p->zero[r / ROWS] + r % ROWS;
+        for (int64_t at = 0; at < k.end - k.begin; at += run, scale += ROWS, zero += ROWS) {
+            const __m512i table = bf16_table(*scale, *zero);
+            for (int64_t i = at; i < at + run; i += TILE_K) {
+                if (i % 128 == 0) _mm_prefetch((const char *)w + i / 2 + prefetch, _MM_HINT_T0);
+                _mm512_store_si512(to + i / TILE_K * PANEL_STEP, expand_halves(w + i / 2, table));
+            }
+        }
+    }
+}
+
+/* C tiles 0 1 (first 16 rows; m tiles 0, 1) and 2 3 (last 16 rows) += one step. */
+INLINE TARGET_AMX void multiply_step(const uint8_t *A, const uint8_t *B0, const uint8_t *B1,
+                                     const int two) {
+    _tile_loadd(6, B0, 64);
+    _tile_loadd(4, A, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, A + TILE, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    if (!two) return;
+    _tile_loadd(7, B1, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+INLINE TARGET_AMX void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Sums of a panel and two m tiles: [2 halves][2 m tiles] C tiles. */
+INLINE TARGET_AMX void load_sums(const float *sums, const int two) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(2, sums + 512, 64);
+    if (!two) return;
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(3, sums + 768, 64);
+}
+
+INLINE TARGET_AMX void store_sums(float *sums, const int two) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(2, sums + 512, 64);
+    if (!two) return;
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(3, sums + 768, 64);
+}
+
+/* [2 halves][2 m tiles] C tiles, first m tile `m_tile` -> out, with the bias, rounded once. */
+static TARGET_VNNI void write_sums(const int4q_args *a, const packed_x *p, int64_t n0,
+                                   int64_t m_tile, const float *sums) {
+    for (int part = 0; part < 4; part++) {
+        const int64_t n = n0 + part / 2 * ROWS, m = (m_tile + part % 2) * 16;
+        const int64_t rows = min64(16, p->rows - m);
+        const __mmask16 mask = lanes(a->N - n);
+        if (rows <= 0 || !mask) continue;
+        __m512i c[16];
+        for (int i = 0; i < 16; i++) c[i] = _mm512_load_si512(sums + part * 256 + i * 16);
+        transpose16(c);
+        const __m512 bias =
+            a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + n) : _mm512_setzero_ps();
+        for (int i = 0; i < rows; i++)
+            store_floats(a->out, KIND_BF16, (p->m0 + m + i) * a->out_stride + n, mask,
+                         _mm512_add_ps(_mm512_castsi512_ps(c[i]), bias));
+    }
+}
+
+/* At most 32 rows of x: a panel's sums stay in tiles over all of K, and the weights of the next
+ * 128 k are dequantised between this chunk's tile products, which run beside them. */
+INLINE TARGET_AMX void small_panel(const int4q_args *a, const packed_x *p, int64_t n0,
+                                   uint8_t *buffer, const int two) {
+    panel_params params;
+    zero_sums();
+    for (int64_t next = 0; next < a->K + SMALL_K; next += SMALL_K) {
+        uint8_t *fill = buffer + (next / SMALL_K & 1) * (SMALL_K / TILE_K * PANEL_STEP);
+        const uint8_t *use = buffer + (~(next / SMALL_K) & 1) * (SMALL_K / TILE_K * PANEL_STEP);
+        const range k = {next, min64(next + SMALL_K, a->K)};
+        if (next < a->K) load_panel_params(a, n0, k, &params);
+        for (int i = 0; i < 4; i++) {
+            if (next < a->K)
+                dequant_panel(a, n0, k, i * 8, i * 8 + 8, &params, fill, SMALL_K);
+            const int64_t step = next / TILE_K - 4 + i;
+            if (step >= 0 && step < p->k_tiles)
+                multiply_step(use + i * PANEL_STEP, b_tile(p, 0, step), b_tile(p, 1, step), two);
+        }
+    }
+    __attribute__((aligned(64))) float sums[4 * 256];
+    store_sums(sums, two);
+    write_sums(a, p, n0, 0, sums);
+}
+
+static TARGET_AMX void small_panels(const int4q_args *a, const packed_x *p, range panels,
+                                    uint8_t *buffer) {
+    configure_tiles();
+    for (int64_t i = panels.begin; i < panels.end; i++) {
+        if (p->m_tiles == 1)
+            small_panel(a, p, i * PANEL, buffer, 0);
+        else
+            small_panel(a, p, i * PANEL, buffer, 1);
+    }
+    _tile_release();
+}
+
+/* A dequantised chunk of a panel times two m tiles. */
+INLINE TARGET_AMX void chunk_product(const uint8_t *A, const uint8_t *B0, const uint8_t *B1,
+                                     int64_t steps, float *sums, int first, const int two) {
+    if (first)
+        zero_sums();
+    else
+        load_sums(sums, two);
+    for (int64_t i = 0; i < steps; i++)
+        multiply_step(A + i * PANEL_STEP, B0 + i * TILE, B1 + i * TILE, two);
+    store_sums(sums, two);
+}
+
+/* Up to BLOCK_PANELS panels; sums are [panels][pairs of m tiles][2][2] C tiles. */
+static TARGET_AMX void panel_block(const int4q_args *a, const packed_x *p, range panels,
+                                   uint8_t *A, float *sums) {
+    const int64_t pairs = ceil_div(p->m_tiles, 2);
+    panel_params params;
+    for (int64_t k0 = 0; k0 < a->K; k0 += CHUNK_K) {
+        const range k = {k0, min64(k0 + CHUNK_K, a->K)};
+        for (int64_t i = panels.begin; i < panels.end; i++) {
+            load_panel_params(a, i * PANEL, k, &params);
+            dequant_panel(a, i * PANEL, k, 0, PANEL, &params, A, PANEL * a->q_stride);
+            for (int64_t j = 0; j < pairs; j++) {
+                const uint8_t *B0 = b_tile(p, 2 * j, k0 / TILE_K);
+                float *to = sums + ((i - panels.begin) * pairs + j) * 1024;
+                const int64_t steps = (k.end - k.begin) / TILE_K;
+                if (2 * j + 1 < p->m_tiles)
+                    chunk_product(A, B0, B0 + steps * TILE, steps, to, k0 == 0, 1);
+                else
+                    chunk_product(A, B0, B0, steps, to, k0 == 0, 0);
+            }
+        }
+    }
+    for (int64_t i = panels.begin; i < panels.end; i++)
+        for (int64_t j = 0; j < pairs; j++)
+            write_sums(a, p, i * PANEL, 2 * j, sums + ((i - panels.begin) * pairs + j) * 1024);
+}
+
+static TARGET_AMX void large_panels(const int4q_args *a, const packed_x *p, range panels,
+                                    uint8_t *A, float *sums) {
+    configure_tiles();
+    for (int64_t i = panels.begin; i < panels.end; i += BLOCK_PANELS) {
+        const range block = {i, min64(i + BLOCK_PANELS, panels.end)};
+        panel_block(a, p, block, A, sums);
+    }
+    _tile_release();
+}
+
+EXPORT int int4q_gemm(const int4q_args *a) {
+    if (!(int4q_cpu_features() & FEATURE_AMX) || a->x_kind != KIND_BF16) return INT4Q_UNSUPPORTED;
+    const int64_t panels = ceil_div(a->N, PANEL), k_tiles = a->K / TILE_K;
+    const int64_t threads = useful_threads(a, panels, a->N * (a->K / 2) * a->M);
+    const int64_t max_tiles = ceil_div(min64(a->M, BLOCK_M), 16);
+    const int64_t x_size = max_tiles * k_tiles * TILE, a_size = CHUNK_K / TILE_K * PANEL_STEP;
+    const int64_t sums_size = ceil_div(max_tiles, 2) * BLOCK_PANELS * 4 * TILE;
+    uint8_t *memory = aligned_new(x_size + threads * (a_size + sums_size));
+    if (!memory) return INT4Q_NO_MEMORY;
+    PARALLEL(threads) {
+        const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
+        uint8_t *A = memory + x_size + part * (a_size + sums_size);
+        const range mine = share(panels, part, parts), kt = share(k_tiles, part, parts);
+        for (int64_t m0 = 0; m0 < a->M; m0 += BLOCK_M) {
+            packed_x p = {.m0 = m0, .rows = min64(BLOCK_M, a->M - m0), .k_tiles = k_tiles};
+            p.m_tiles = ceil_div(p.rows, 16);
+            p.tiles = memory;
+            for (int64_t i = 0; i < p.m_tiles; i++) pack_x(a, &p, i, kt);
+            BARRIER;
+            if (p.m_tiles <= 2)
+                small_panels(a, &p, mine, A);
+            else
+                large_panels(a, &p, mine, A, (float *)(A + a_size));
+            BARRIER;
+        }
+    }
+    free(memory);
+    return INT4Q_OK;
+}
+
+#else /* not x86-64, or a compiler without GNU attributes */
+
+#ifdef _MSC_VER
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+EXPORT int int4q_cpu_features(void) { return 0; }
+EXPORT int int4q_decode(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+EXPORT int int4q_gemm(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+EXPORT int int4q_dequant(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+
+#endif
