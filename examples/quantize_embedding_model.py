@@ -118,22 +118,22 @@ def milliseconds(model: nn.Module, batch: dict[str, Tensor], repeats: int = 5) -
 
 
 def picture(errors: dict[str, float], path: Path) -> None:
-    """One bar a layer."""
+    """One dot a layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     short = [n.removeprefix("encoder.layer.").removesuffix(".weight") for n in errors]
-    figure, axes = plt.subplots(figsize=(7, 0.19 * len(errors) + 1.2))
-    axes.barh(short, list(errors.values()), color="#3465a4")
+    figure, axes = plt.subplots(figsize=(7, 0.18 * len(errors) + 1.2), layout="constrained")
+    axes.plot(list(errors.values()), short, "o", color="#3465a4")
     axes.invert_yaxis()
-    axes.set_xlim(min(errors.values()) - 2, None)
+    axes.margins(y=0.02)
+    axes.grid(axis="y", color="#dddddd")
     axes.set_xlabel("SQNR of the dequantised weight (dB, more is better)")
     axes.set_title("all-MiniLM-L6-v2 in 4 bits", loc="left")
-    axes.tick_params(axis="y", labelsize=6)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
