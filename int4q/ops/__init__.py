@@ -1,0 +1,13 @@
+"""The ``torch.library`` ops of the namespace ``int4q``: schema, checks, fake, gradient.
+
+Each op takes a weight's parts (never a tensor subclass), checks them, and hands them to the
+kernel that :func:`int4q.kernels.registry.choose` picks; importing this package registers all.
+Weights are 2-D (``qdata`` int8 ``[N, K/2]``, ``scale`` and ``zero_point`` ``[n_groups, N]``) or
+stacks of them with one more leading dim. The weight takes no gradient; activations and bias do.
+"""
+
+from int4q.ops import cpu_packed, experts, symmetric  # noqa: F401  (registered on import)
+from int4q.ops.define import SCALE_DTYPES
+from int4q.ops.linear import linear_parts
+
+__all__ = ["SCALE_DTYPES", "linear_parts"]

@@ -1,0 +1,94 @@
+"""How an op is registered, checked and routed: shared by every file of this package."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from int4q import errors
+from int4q.kernels import registry
+from int4q.kernels import table as _table  # noqa: F401  (fills the registry)
+
+LIBRARY = torch.library.Library("int4q", "DEF")
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
+"""The parts of a weight in a schema."""
+
+
+def define(schema: str, run, fake, backward=None, save=None) -> None:
+    """One op: the same Python function on every device, its fake, and its gradient to ``x``."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(f"{schema} -> Tensor")
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"int4q::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int):
+    """The function that runs ``op`` on these shapes under the preference in force."""
+    device = x.device
+    capability = _capability(device.index) if device.type == "cuda" else None
+    problem = (op, device.type, x.dtype, scale.dtype, M, N, K, group_size, capability)
+    return registry.route(registry.preference(), *problem).run
+
+
+def run_2d(op: str, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int, *rest) -> Tensor:
+    """Flatten the leading dims of ``x``, run the chosen kernel, restore them."""
+    N, half = qdata.shape
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = kernel(op, x, scale, flat.shape[0], N, 2 * half, group_size)(flat, qdata, scale, *rest)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, ndim: int):
+    if qdata.dtype != torch.int8 or qdata.ndim != ndim:
+        raise errors.type_(
+            f"qdata must be int8 with {ndim} dims", f"{qdata.dtype} {errors.dims(qdata.shape)}"
+        )
+    if group_size <= 0:
+        raise errors.value("group_size must be positive", group_size)
+    N, K = qdata.shape[-2], 2 * qdata.shape[-1]
+    if K % group_size:
+        raise errors.value(f"K must be a multiple of group_size {group_size}", K)
+    expected = (*qdata.shape[:-2], K // group_size, N)
+    for name, part in (("scale", scale), ("zero_point", zero_point)):
+        if part.shape != expected:
+            raise errors.value(
+                f"{name} must have shape [.., n_groups, N] = {errors.dims(expected)}",
+                errors.dims(part.shape),
+                "A coalesced tensor's [.., N, n_groups] parts go in through .mT",
+            )
+        if part.dtype not in SCALE_DTYPES or part.dtype != scale.dtype:
+            raise errors.type_(
+                f"{name} must be {errors.dtypes(SCALE_DTYPES)}, the same for scale and zero_point",
+                part.dtype,
+            )
+        if part.device != qdata.device:
+            raise errors.value(f"{name} must be on qdata's device {qdata.device}", part.device)
+
+
+def check_activation(name: str, x: Tensor, qdata: Tensor, last: int) -> None:
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise errors.type_(f"{name} must be {errors.dtypes(ACTIVATION_DTYPES)}", x.dtype)
+    if x.ndim == 0 or x.shape[-1] != last:
+        raise errors.value(
+            f"the last dim of {name} must be {last} to meet the weight", errors.dims(x.shape)
+        )
+    if x.device != qdata.device:
+        raise errors.value(f"{name} must be on the weight's device {qdata.device}", x.device)
+
+
+def check_linear(x, qdata, scale, zero_point, group_size, bias=None) -> None:
+    check_weight(qdata, scale, zero_point, group_size, 2)
+    check_activation("x", x, qdata, 2 * qdata.shape[1])
+    if bias is not None and bias.shape != (qdata.shape[0],):
+        raise errors.value(f"bias must have shape [{qdata.shape[0]}]", errors.dims(bias.shape))

@@ -1,0 +1,133 @@
+"""``int4_bmm`` and ``int4_grouped_mm``: stacks of weights, ``[B, N, K]``."""
+
+from __future__ import annotations
+
+import torch
+
+from int4q import errors
+from int4q.ops.define import WEIGHT, check_activation, check_weight, define, kernel
+from int4q.ops.linear import save_weight
+
+# --- int4_bmm: [B, M, K] x [B, N, K] -> [B, M, N] -----------------------------------------------
+
+
+def _check_bmm(name, x, qdata, scale, zero_point, group_size, last) -> None:
+    check_weight(qdata, scale, zero_point, group_size, 3)
+    if x.ndim != 3 or x.shape[0] != qdata.shape[0]:
+        raise errors.value(f"{name} must be 3-D with batch {qdata.shape[0]}", errors.dims(x.shape))
+    check_activation(name, x, qdata, last)
+
+
+def _batched(op: str, x, qdata, scale, zero_point, group_size, width):
+    y = x.new_empty((*x.shape[:-1], width))
+    N, K = qdata.shape[1], 2 * qdata.shape[2]
+    run = kernel(op, x, scale, x.shape[1], N, K, group_size)
+    for b in range(x.shape[0]):
+        y[b] = run(x[b], qdata[b], scale[b], zero_point[b], group_size)
+    return y
+
+
+def _int4_bmm(x, qdata, scale, zero_point, group_size):
+    _check_bmm("x", x, qdata, scale, zero_point, group_size, 2 * qdata.shape[-1])
+    return _batched("int4_linear", x, qdata, scale, zero_point, group_size, qdata.shape[1])
+
+
+def _int4_bmm_fake(x, qdata, scale, zero_point, group_size):
+    _check_bmm("x", x, qdata, scale, zero_point, group_size, 2 * qdata.shape[-1])
+    return x.new_empty((*x.shape[:-1], qdata.shape[1]))
+
+
+def _int4_bmm_backward(grad, qdata, scale, zero_point, group_size):
+    _check_bmm("grad", grad, qdata, scale, zero_point, group_size, qdata.shape[1])
+    op, K = "int4_linear_backward", 2 * qdata.shape[2]
+    return _batched(op, grad, qdata, scale, zero_point, group_size, K)
+
+
+def _int4_bmm_backward_fake(grad, qdata, scale, zero_point, group_size):
+    return grad.new_empty((*grad.shape[:-1], 2 * qdata.shape[2]))
+
+
+def _bmm_grad(ctx, grad):
+    args = (grad, *ctx.saved_tensors, ctx.group_size)
+    return torch.ops.int4q.int4_bmm_backward(*args), None, None, None, None
+
+
+# --- int4_grouped_mm: rows of x sorted by expert ------------------------------------------------
+
+
+def _check_grouped(name, x, qdata, scale, zero_point, group_size, offs, last) -> None:
+    check_weight(qdata, scale, zero_point, group_size, 3)
+    if x.ndim != 2:
+        raise errors.value(f"{name} must be 2-D", errors.dims(x.shape))
+    check_activation(name, x, qdata, last)
+    if offs.dtype != torch.int32 or offs.shape != (qdata.shape[0],):
+        raise errors.value(
+            f"offs must be int32 [{qdata.shape[0]}], the end row of each expert",
+            f"{offs.dtype} {errors.dims(offs.shape)}",
+        )
+
+
+def _grouped(op: str, x, qdata, scale, zero_point, group_size, offs, width):
+    y = x.new_zeros((x.shape[0], width))
+    N, K = qdata.shape[1], 2 * qdata.shape[2]
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if not start <= end <= x.shape[0]:
+            raise errors.value(f"offs must rise from 0 to at most {x.shape[0]}", offs.tolist())
+        if end > start:
+            run = kernel(op, x, scale, end - start, N, K, group_size)
+            parts = qdata[expert], scale[expert], zero_point[expert]
+            y[start:end] = run(x[start:end], *parts, group_size)
+        start = end
+    return y
+
+
+def _int4_grouped_mm(x, qdata, scale, zero_point, group_size, offs):
+    K = 2 * qdata.shape[-1]
+    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K)
+    args = (x, qdata, scale, zero_point, group_size, offs)
+    return _grouped("int4_linear", *args, qdata.shape[1])
+
+
+def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs):
+    K = 2 * qdata.shape[-1]
+    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K)
+    return x.new_empty((x.shape[0], qdata.shape[1]))
+
+
+def _int4_grouped_mm_backward(grad, qdata, scale, zero_point, group_size, offs):
+    _check_grouped("grad", grad, qdata, scale, zero_point, group_size, offs, qdata.shape[1])
+    args = (grad, qdata, scale, zero_point, group_size, offs)
+    return _grouped("int4_linear_backward", *args, 2 * qdata.shape[2])
+
+
+def _int4_grouped_mm_backward_fake(grad, qdata, scale, zero_point, group_size, offs):
+    return grad.new_empty((grad.shape[0], 2 * qdata.shape[2]))
+
+
+def _save_grouped(ctx, inputs, output):
+    *weight, offs = inputs
+    save_weight(ctx, weight, output)
+    ctx.save_for_backward(*weight[1:4], offs)
+
+
+def _grouped_grad(ctx, grad):
+    *weight, offs = ctx.saved_tensors
+    grad_x = torch.ops.int4q.int4_grouped_mm_backward(grad, *weight, ctx.group_size, offs)
+    return grad_x, None, None, None, None, None
+
+
+define(f"int4_bmm(Tensor x, {WEIGHT})", _int4_bmm, _int4_bmm_fake, _bmm_grad, save_weight)
+define(f"int4_bmm_backward(Tensor grad, {WEIGHT})", _int4_bmm_backward, _int4_bmm_backward_fake)
+define(
+    f"int4_grouped_mm(Tensor x, {WEIGHT}, Tensor offs)",
+    _int4_grouped_mm,
+    _int4_grouped_mm_fake,
+    _grouped_grad,
+    _save_grouped,
+)
+define(
+    f"int4_grouped_mm_backward(Tensor grad, {WEIGHT}, Tensor offs)",
+    _int4_grouped_mm_backward,
+    _int4_grouped_mm_backward_fake,
+)

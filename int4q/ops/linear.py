@@ -1,0 +1,136 @@
+"""``int4_linear`` and ``int4_plain_mm``: one weight, any rows of activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from int4q import errors
+from int4q.ops.define import WEIGHT, check_activation, check_linear, check_weight, define, run_2d
+
+
+def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None):
+    check_linear(x, qdata, scale, zero_point, group_size, bias)
+    return run_2d("int4_linear", x, qdata, scale, group_size, zero_point, group_size, bias)
+
+
+def _int4_linear_fake(x, qdata, scale, zero_point, group_size, bias=None):
+    check_linear(x, qdata, scale, zero_point, group_size, bias)
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+def _int4_linear_backward(grad, qdata, scale, zero_point, group_size):
+    check_weight(qdata, scale, zero_point, group_size, 2)
+    check_activation("grad", grad, qdata, qdata.shape[0])
+    op = "int4_linear_backward"
+    return run_2d(op, grad, qdata, scale, group_size, zero_point, group_size)
+
+
+def _int4_linear_backward_fake(grad, qdata, scale, zero_point, group_size):
+    return grad.new_empty((*grad.shape[:-1], 2 * qdata.shape[1]))
+
+
+def save_weight(ctx, inputs, output):
+    _, qdata, scale, zero_point, group_size, *rest = inputs
+    ctx.save_for_backward(qdata, scale, zero_point)
+    ctx.group_size = group_size
+    ctx.bias_dtype = rest[0].dtype if rest and rest[0] is not None else None
+
+
+def _linear_grad(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.int4q.int4_linear_backward(grad, *ctx.saved_tensors, ctx.group_size)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias
+
+
+# --- int4_plain_mm: int8 activations for few rows, W4A16 above ---------------------------------
+
+
+def _check_plain_mm(x, qdata, scale, zero_point, group_size) -> None:
+    K = 2 * qdata.shape[-1]
+    for name, part in (("scale", scale), ("zero_point", zero_point)):
+        expected = (qdata.shape[0], K // group_size if group_size > 0 else 0)
+        if part.shape != expected:
+            raise errors.value(
+                f"{name} must have shape [N, n_groups] = {errors.dims(expected)}",
+                errors.dims(part.shape),
+                "Repack a plain [n_groups, N] weight with CudaCoalescedInt4Tensor.from_int4_tensor",
+            )
+    check_linear(x, qdata, scale.mT, zero_point.mT, group_size)
+
+
+def _int4_plain_mm(x, qdata, scale, zero_point, group_size):
+    _check_plain_mm(x, qdata, scale, zero_point, group_size)
+    s, z = scale.mT, zero_point.mT
+    return run_2d("int4_plain_mm", x, qdata, s, group_size, z, group_size)
+
+
+def _int4_plain_mm_fake(x, qdata, scale, zero_point, group_size):
+    _check_plain_mm(x, qdata, scale, zero_point, group_size)
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+def _plain_mm_grad(ctx, grad):
+    qdata, scale, zero_point = ctx.saved_tensors
+    args = (grad, qdata, scale.mT, zero_point.mT, ctx.group_size)
+    return torch.ops.int4q.int4_linear_backward(*args), None, None, None, None
+
+
+# --- the way in from a tensor ---
+
+
+def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the dispatcher would add nothing to ``linear(x, w, bias)``: no gradient, no tracing.
+
+    Then a caller whose weight is checked already may run the kernel directly, which halves the
+    host time of a small layer.
+    """
+    return (
+        type(x) is Tensor
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def linear_parts(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``int4_linear`` on the parts of a tensor, which its constructor has checked."""
+    if not dispatches_nothing(x, bias):
+        return torch.ops.int4q.int4_linear(x, qdata, scale, zero_point, group_size, bias)
+    check_activation("x", x, qdata, 2 * qdata.shape[1])
+    return run_2d("int4_linear", x, qdata, scale, group_size, zero_point, group_size, bias)
+
+
+define(
+    f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None)",
+    _int4_linear,
+    _int4_linear_fake,
+    _linear_grad,
+    save_weight,
+)
+define(
+    f"int4_linear_backward(Tensor grad, {WEIGHT})",
+    _int4_linear_backward,
+    _int4_linear_backward_fake,
+)
+define(
+    f"int4_plain_mm(Tensor x, {WEIGHT})",
+    _int4_plain_mm,
+    _int4_plain_mm_fake,
+    _plain_mm_grad,
+    save_weight,
+)
