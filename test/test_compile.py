@@ -31,6 +31,7 @@ def parts(lead=(), dtype=torch.float32):
 def cases():
     offs = torch.tensor([2, 5], dtype=torch.int32)
     x, x3 = torch.randn(5, 64, requires_grad=True), torch.randn(2, 3, 64, requires_grad=True)
+    xb = torch.randn(5, 64).bfloat16().requires_grad_()
     bias = torch.randn(16, requires_grad=True)
     two, three = parts(), parts((2,))
     coalesced = two[0], two[1].mT.contiguous(), two[2].mT.contiguous(), 32
@@ -46,6 +47,8 @@ def cases():
         "int4_cpu_packed_linear": (x, packed.qdata, packed.scale_and_zero, 32),
         "int4_cpu_unpack": (packed.qdata,),
         "dequant_w4_to_bf16": (two[0], coalesced[1].bfloat16(), 32),
+        "int4_matmul": (xb, two[0], coalesced[1].bfloat16(), 32),
+        "int4_matvec": (xb[:1].detach().requires_grad_(), two[0], coalesced[1].bfloat16(), 32),
     }
 
 

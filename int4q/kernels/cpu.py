@@ -15,6 +15,7 @@ from torch import Tensor
 
 from int4q.kernels import aten_packed, native_cpu, reference
 from int4q.kernels.registry import Kernel, KernelPreference, Problem
+from int4q.packing import offset_to_signed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Rows of a batch up to which torch's int4 kernel beats dequantising blocks: its time grows with
@@ -144,6 +145,16 @@ def native_linear(x: Tensor, qdata: Tensor, *rest) -> Tensor:
     return native_cpu.linear(x, _whole_rows(qdata), *rest)
 
 
+def _symmetric(run):
+    """An affine kernel as one on symmetric weights: signed nibbles, zero points all 0."""
+
+    def symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+        scale = w_scale.mT
+        return run(x, offset_to_signed(w_packed), scale, torch.zeros_like(scale), group_size)
+
+    return symmetric
+
+
 def _native_unsupported(problem: Problem) -> str | None:
     return _on_cpu(problem) or native_cpu.unsupported(
         problem.M, problem.N, problem.K, problem.group_size, problem.dtype, problem.scale_dtype
@@ -167,6 +178,12 @@ def _announce(reason: str) -> None:
 
 
 native = Kernel("cpu_native", KernelPreference.TORCH, _native_unsupported, native_linear)
+native_symmetric = Kernel(
+    "cpu_native", KernelPreference.TORCH, _native_unsupported, _symmetric(native_linear)
+)
+blocked_symmetric = Kernel(
+    "cpu_blocked", KernelPreference.TORCH, _on_cpu, _symmetric(blocked_linear)
+)
 blocked = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _announced_blocked_linear)
 blocked_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, blocked_grad_input)
 packed = Kernel("aten_int4pack", KernelPreference.TORCH, packed_unsupported, packed_linear)

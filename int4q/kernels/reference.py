@@ -109,6 +109,12 @@ def linear_int8(
     return y.to(x.dtype)
 
 
+def _symmetric_values(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """float32 ``[N, K]``: ``(u - 8) * scale``."""
+    q = unpack_nibbles(offset_to_signed(w_packed)).float().unflatten(-1, (-1, group_size))
+    return (q * w_scale.float().unsqueeze(-1)).flatten(-2)
+
+
 def dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
     """``(u - 8) * scale`` in float32, rounded once to bfloat16.
 
@@ -119,5 +125,15 @@ def dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> 
     Returns:
         bfloat16 ``[N, K]``.
     """
-    q = unpack_nibbles(offset_to_signed(w_packed)).float().unflatten(-1, (-1, group_size))
-    return (q * w_scale.float().unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
+    return _symmetric_values(w_packed, w_scale, group_size).to(torch.bfloat16)
+
+
+def matmul_symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """``x [M, K] @ W.T`` with weights rounded to bfloat16 and float32 sums; ``[M, N]``."""
+    w = dequantize_symmetric(w_packed, w_scale, group_size)
+    return F.linear(x.float(), w.float()).to(x.dtype)
+
+
+def matvec_symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """``x [1, K] @ W.T`` with weights and sums in float32; ``[1, N]``."""
+    return F.linear(x.float(), _symmetric_values(w_packed, w_scale, group_size)).to(x.dtype)

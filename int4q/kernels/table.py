@@ -37,3 +37,11 @@ register(
     _reference(reference.linear),
 )
 register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
+register(
+    "int4_matmul",
+    cpu.native_symmetric,
+    cpu.blocked_symmetric,
+    _reference(reference.matmul_symmetric),
+)
+register("int4_matvec", cpu.native_symmetric, _reference(reference.matvec_symmetric))
+register("dequant_w4_to_bf16", _reference(reference.dequantize_symmetric))
