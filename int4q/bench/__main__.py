@@ -1,19 +1,35 @@
-"""``python -m int4q.bench [--out FOLDER]``: what this machine can measure, as JSON and a table."""
+"""``python -m int4q.bench [gpu|cpu]``: measure this machine; JSON, a table and plots."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from int4q.bench import cpu
+import torch
+
+from int4q.bench import cpu, gpu
+from int4q.bench.shapes import GROUPS, ROWS, SETS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m int4q.bench", description=__doc__)
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("device", nargs="?", choices=["gpu", "cpu"], default=default)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all)")
+    parser.add_argument("--threads", type=int, help="cpu: torch threads (default: all)")
+    parser.add_argument("--shapes", choices=sorted(SETS), default="core", help="gpu: which layers")
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu: group sizes")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
+    parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
+    parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])
     arguments = parser.parse_args()
-    cpu.run(arguments.out, arguments.threads)
+    if arguments.device == "cpu":
+        cpu.run(arguments.out, arguments.threads)
+        return
+    gpu.run(
+        arguments.out, arguments.shapes, tuple(arguments.groups), tuple(arguments.rows),
+        None if arguments.peers is None else tuple(arguments.peers), tuple(arguments.ours),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
