@@ -193,6 +193,13 @@ def test_act_pre_scale_multiplies_the_activation(layout):
     close(torch.bmm(x[None], t[None])[0], expected, torch.float32)
     offs = torch.tensor([3], dtype=torch.int32)
     close(torch._grouped_mm(x, t[None].mT, offs=offs), expected, torch.float32)
+    x64 = x.double().requires_grad_()
+    ((x64 * s) @ t.dequantize(torch.float64).T).sum().backward()
+    x.requires_grad_()
+    F.linear(x, t).sum().backward()
+    close(x.grad, x64.grad, torch.float32)
+    with pytest.raises(ValueError, match="contracts its grouped dim"):
+        torch.randn(2, 16) @ t
 
 
 def test_autocast_casts_the_activation(layout):

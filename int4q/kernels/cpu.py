@@ -95,10 +95,11 @@ def blocked_linear(
     zero_point: Tensor,
     group_size: int,
     bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """:func:`reference.linear`, dequantising one block of weight rows at a time."""
     dtype = reference.compute_dtype(x, scale)
-    xc = x.to(dtype)
+    xc = reference.pre_scaled(x, act_pre_scale).to(dtype)
     y = x.new_empty((x.shape[0], qdata.shape[0]))
     for rows in _row_blocks(qdata.shape[0], x.shape[1]):
         w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
@@ -140,9 +141,18 @@ def _whole_rows(qdata: Tensor) -> Tensor:
     return qdata if qdata.stride(-1) == 1 else qdata.contiguous()
 
 
-def native_linear(x: Tensor, qdata: Tensor, *rest) -> Tensor:
+def native_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+) -> Tensor:
     """:func:`native_cpu.linear` on a weight of any strides."""
-    return native_cpu.linear(x, _whole_rows(qdata), *rest)
+    x = reference.pre_scaled(x, act_pre_scale)
+    return native_cpu.linear(x, _whole_rows(qdata), scale, zero_point, group_size, bias)
 
 
 def _symmetric(run):

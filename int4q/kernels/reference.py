@@ -42,6 +42,11 @@ def compute_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, scale.dtype)
 
 
+def pre_scaled(x: Tensor, act_pre_scale: Tensor | None) -> Tensor:
+    """``x * act_pre_scale`` in ``x``'s dtype; ``x`` where there is no scale."""
+    return x if act_pre_scale is None else x * act_pre_scale.reshape(-1).to(x.dtype)
+
+
 def linear(
     x: Tensor,
     qdata: Tensor,
@@ -49,15 +54,18 @@ def linear(
     zero_point: Tensor,
     group_size: int,
     bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
-    """``x [M, K] @ W.T + bias`` with the weight dequantised to the compute dtype.
+    """``(x * act_pre_scale) [M, K] @ W.T + bias``, the weight dequantised to the compute dtype.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
     """
     dtype = compute_dtype(x, scale)
     w = dequantize(qdata, scale, zero_point, group_size, dtype)
-    y = F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
+    y = F.linear(
+        pre_scaled(x, act_pre_scale).to(dtype), w, None if bias is None else bias.to(dtype)
+    )
     return y.to(x.dtype)
 
 

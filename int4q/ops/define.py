@@ -87,8 +87,12 @@ def check_activation(name: str, x: Tensor, qdata: Tensor, last: int) -> None:
         raise errors.value(f"{name} must be on the weight's device {qdata.device}", x.device)
 
 
-def check_linear(x, qdata, scale, zero_point, group_size, bias=None) -> None:
+def check_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None) -> None:
     check_weight(qdata, scale, zero_point, group_size, 2)
     check_activation("x", x, qdata, 2 * qdata.shape[1])
     if bias is not None and bias.shape != (qdata.shape[0],):
         raise errors.value(f"bias must have shape [{qdata.shape[0]}]", errors.dims(bias.shape))
+    if act_pre_scale is not None and act_pre_scale.numel() != x.shape[-1]:
+        raise errors.value(
+            f"act_pre_scale must have {x.shape[-1]} entries", errors.dims(act_pre_scale.shape)
+        )

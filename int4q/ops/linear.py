@@ -9,13 +9,14 @@ from int4q import errors
 from int4q.ops.define import WEIGHT, check_activation, check_linear, check_weight, define, run_2d
 
 
-def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None):
-    check_linear(x, qdata, scale, zero_point, group_size, bias)
-    return run_2d("int4_linear", x, qdata, scale, group_size, zero_point, group_size, bias)
+def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
+    check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
+    rest = zero_point, group_size, bias, act_pre_scale
+    return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
 
 
-def _int4_linear_fake(x, qdata, scale, zero_point, group_size, bias=None):
-    check_linear(x, qdata, scale, zero_point, group_size, bias)
+def _int4_linear_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
+    check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
@@ -31,19 +32,26 @@ def _int4_linear_backward_fake(grad, qdata, scale, zero_point, group_size):
 
 
 def save_weight(ctx, inputs, output):
-    _, qdata, scale, zero_point, group_size, *rest = inputs
+    _, qdata, scale, zero_point, ctx.group_size, *_ = inputs
     ctx.save_for_backward(qdata, scale, zero_point)
-    ctx.group_size = group_size
-    ctx.bias_dtype = rest[0].dtype if rest and rest[0] is not None else None
+
+
+def _save_linear(ctx, inputs, output):
+    *weight, bias, act_pre_scale = inputs
+    ctx.save_for_backward(*weight[1:4], act_pre_scale)
+    ctx.group_size, ctx.bias_dtype = weight[4], None if bias is None else bias.dtype
 
 
 def _linear_grad(ctx, grad):
     grad_x = grad_bias = None
+    *weight, act_pre_scale = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.int4q.int4_linear_backward(grad, *ctx.saved_tensors, ctx.group_size)
+        grad_x = torch.ops.int4q.int4_linear_backward(grad, *weight, ctx.group_size)
+        if act_pre_scale is not None:
+            grad_x = grad_x * act_pre_scale.reshape(-1).to(grad_x.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias
+    return grad_x, None, None, None, None, grad_bias, None
 
 
 # --- int4_plain_mm: int8 activations for few rows, W4A16 above ---------------------------------
@@ -107,20 +115,22 @@ def linear_parts(
     zero_point: Tensor,
     group_size: int,
     bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``int4_linear`` on the parts of a tensor, which its constructor has checked."""
+    rest = zero_point, group_size, bias, act_pre_scale
     if not dispatches_nothing(x, bias):
-        return torch.ops.int4q.int4_linear(x, qdata, scale, zero_point, group_size, bias)
+        return torch.ops.int4q.int4_linear(x, qdata, scale, *rest)
     check_activation("x", x, qdata, 2 * qdata.shape[1])
-    return run_2d("int4_linear", x, qdata, scale, group_size, zero_point, group_size, bias)
+    return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
 
 
 define(
-    f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None)",
+    f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
     _int4_linear,
     _int4_linear_fake,
     _linear_grad,
-    save_weight,
+    _save_linear,
 )
 define(
     f"int4_linear_backward(Tensor grad, {WEIGHT})",

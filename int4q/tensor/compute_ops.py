@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from int4q import errors
+from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.shape_ops import aliased, take, transpose
@@ -36,6 +37,15 @@ def _only_weight(op: str, x: Tensor, w: Tensor) -> None:
         raise errors.type_(f"{op} takes the 4-bit tensor as its weight", type(w).__name__)
 
 
+def _dequantized(w: Int4TensorBase, x: Tensor) -> Tensor:
+    """The weight for a product that contracts another dim than the grouped one."""
+    if w.act_pre_scale is not None:
+        raise errors.value(
+            f"a weight with act_pre_scale contracts its grouped dim {w.grouped_dim}", "another one"
+        )
+    return w.dequantize(x.dtype)
+
+
 def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
     """``x [.., K] @ w.T + bias`` for a logical ``w [N, K]``, in ``x``'s dtype.
 
@@ -49,9 +59,7 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
             f"bias must have shape {errors.dims(w.shape[:1])}", errors.dims(bias.shape)
         )
     if w.ndim != 2 or w.grouped_dim != 1:
-        return F.linear(x, w.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    if w.act_pre_scale is not None:
-        x = x * w.act_pre_scale.reshape(-1).to(x.dtype)
+        return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
     return w._linear(x, bias)
 
 
@@ -63,7 +71,7 @@ def matmul(x: Tensor, w: Int4TensorBase) -> Tensor:
     if w.ndim == 3 and x.ndim == 3 and w.grouped_dim == 1:
         return bmm(x, w)
     x = _autocast(x)
-    return torch.matmul(x, w.dequantize(x.dtype))
+    return torch.matmul(x, _dequantized(w, x))
 
 
 def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
@@ -79,8 +87,7 @@ def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
             f"{errors.dims(w.shape)} with block_size {w.block_size}",
         )
     x = _autocast(x)
-    if w.act_pre_scale is not None:
-        x = x * w.act_pre_scale.reshape(-1).to(x.dtype)
+    x = pre_scaled(x, w.act_pre_scale)
     return torch.ops.int4q.int4_bmm(x, *w._weight_parts(), w.group_size)
 
 
@@ -99,9 +106,7 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
     if x.ndim == 3 and offs is None:
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
-        x = _autocast(x)
-        if w.act_pre_scale is not None:
-            x = x * w.act_pre_scale.reshape(-1).to(x.dtype)
+        x = pre_scaled(_autocast(x), w.act_pre_scale)
         y = torch.ops.int4q.int4_grouped_mm(x, *w._weight_parts(), w.group_size, offs)
     else:
         raise errors.value(

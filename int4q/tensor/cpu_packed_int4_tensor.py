@@ -9,6 +9,7 @@ from torch import Tensor
 
 from int4q import errors, geometry
 from int4q.kernels import aten_packed, cpu
+from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES, linear_parts
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.int4_tensor import Int4Tensor
@@ -174,7 +175,9 @@ class CpuPackedInt4Tensor(Int4TensorBase):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packing == "rows":
-            return linear_parts(x, *self._weight_parts(), self.group_size, bias)
+            weight = *self._weight_parts(), self.group_size
+            return linear_parts(x, *weight, bias, self.act_pre_scale)
+        x = pre_scaled(x, self.act_pre_scale)
         y = torch.ops.int4q.int4_cpu_packed_linear(
             x, self.qdata, self.scale_and_zero, self.group_size
         )

@@ -124,7 +124,8 @@ class Int4Tensor(Int4TensorBase):
         return self
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_parts(x, self.qdata, self.scale, self.zero_point, self.group_size, bias)
+        weight = self.qdata, self.scale, self.zero_point, self.group_size
+        return linear_parts(x, *weight, bias, self.act_pre_scale)
 
 
 torch.serialization.add_safe_globals([Int4Tensor])

@@ -54,6 +54,8 @@ typedef struct {
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
+#define UNROLL _Pragma("GCC unroll 8") /* arrays indexed by a loop live in registers then */
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 /* ---------------------------------------------------------------------------------------------
  * CPU features
@@ -110,10 +112,7 @@ EXPORT int int4q_cpu_features(void) {
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static void *aligned_new(int64_t bytes) {
-    void *p = NULL;
-    return posix_memalign(&p, 64, (size_t)bytes) ? NULL : p;
-}
+static void *aligned_new(int64_t bytes) { return _mm_malloc((size_t)bytes, 64); }
 
 INLINE TARGET_VNNI __m512 bf16_to_float(__m256i h) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -138,7 +137,7 @@ INLINE TARGET_VNNI __m512 load_floats(const void *p, int64_t kind, int64_t i, __
 
 INLINE TARGET_VNNI __m256i to_half(__m512 f, int64_t kind) {
     return kind == KIND_BF16 ? float_to_bf16(f)
-                             : _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+                             : _mm512_cvtps_ph(f, NEAREST);
 }
 
 INLINE TARGET_VNNI void store_floats(void *p, int64_t kind, int64_t i, __mmask16 mask, __m512 f) {
@@ -206,7 +205,7 @@ static int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work)
 #define THREAD_INDEX omp_get_thread_num()
 #define THREAD_COUNT omp_get_num_threads()
 #else
-#define PARALLEL(count)
+#define PARALLEL(count) (void)(count);
 #define BARRIER
 #define THREAD_INDEX 0
 #define THREAD_COUNT 1
@@ -224,7 +223,7 @@ static int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work)
  *   d           float [16]
  * ------------------------------------------------------------------------------------------- */
 
-enum { UNIT_K = 128, SPAN_K = 256, MAX_DECODE_M = 8, ROWS = 16 };
+enum { UNIT_K = 128, SPAN_K = 256, MAX_DECODE_M = 8, ROWS = 16, MAX_R = 4 };
 
 INLINE int64_t unit_bytes(int limbs) { return limbs * 128 + (limbs - 1) * 64 + 64; }
 
@@ -338,7 +337,17 @@ INLINE TARGET_VNNI void scales_by_group(const int4q_args *a, int64_t n0, __mmask
         _mm512_store_ps(to + g * ROWS, load_scale(a, g, n0, mask));
 }
 
-/* 4x4 transposes inside each 128-bit lane put row 4 * lane + j into lane `lane` of register j. */
+/* [4 groups][16 rows] -> [slot of the row][4]: 4x4 transposes inside each 128-bit lane put row
+ * 4 * lane + j into lane `lane` of register j. */
+INLINE TARGET_VNNI void store_quads(const __m512 r[4], float *quad) {
+    const __m512 ab_lo = _mm512_unpacklo_ps(r[0], r[1]), ab_hi = _mm512_unpackhi_ps(r[0], r[1]);
+    const __m512 cd_lo = _mm512_unpacklo_ps(r[2], r[3]), cd_hi = _mm512_unpackhi_ps(r[2], r[3]);
+    _mm512_store_ps(quad, _mm512_shuffle_ps(ab_lo, cd_lo, 0x44));
+    _mm512_store_ps(quad + 16, _mm512_shuffle_ps(ab_lo, cd_lo, 0xee));
+    _mm512_store_ps(quad + 32, _mm512_shuffle_ps(ab_hi, cd_hi, 0x44));
+    _mm512_store_ps(quad + 48, _mm512_shuffle_ps(ab_hi, cd_hi, 0xee));
+}
+
 INLINE TARGET_VNNI void scales_by_quad(const int4q_args *a, int64_t n0, __mmask16 mask,
                                        int64_t units, float *to) {
     for (int64_t unit = 0; unit < units; unit++) {
@@ -347,19 +356,13 @@ INLINE TARGET_VNNI void scales_by_quad(const int4q_args *a, int64_t n0, __mmask1
             const int64_t k = unit * UNIT_K + i * 32;
             r[i] = k < a->K ? load_scale(a, k / a->group, n0, mask) : _mm512_setzero_ps();
         }
-        const __m512 ab_lo = _mm512_unpacklo_ps(r[0], r[1]), ab_hi = _mm512_unpackhi_ps(r[0], r[1]);
-        const __m512 cd_lo = _mm512_unpacklo_ps(r[2], r[3]), cd_hi = _mm512_unpackhi_ps(r[2], r[3]);
-        float *quad = to + unit * ROWS * 4;
-        _mm512_store_ps(quad, _mm512_shuffle_ps(ab_lo, cd_lo, 0x44));
-        _mm512_store_ps(quad + 16, _mm512_shuffle_ps(ab_lo, cd_lo, 0xee));
-        _mm512_store_ps(quad + 32, _mm512_shuffle_ps(ab_hi, cd_hi, 0x44));
-        _mm512_store_ps(quad + 48, _mm512_shuffle_ps(ab_hi, cd_hi, 0xee));
+        store_quads(r, to + unit * ROWS * 4);
     }
 }
 
 INLINE TARGET_VNNI __m512 row_scale(const float *scales, int quads, int64_t unit, int row,
-                                    int64_t units_per_group) {
-    if (!quads) return _mm512_set1_ps(scales[unit / units_per_group * ROWS + row]);
+                                    int unit_shift) {
+    if (!quads) return _mm512_set1_ps(scales[(unit >> unit_shift) * ROWS + row]);
     const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const __m128 four = _mm_load_ps(scales + (unit * ROWS + row_slot(row)) * 4);
     return _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four));
@@ -396,33 +399,50 @@ typedef struct {
     const float *scales;
     int64_t full_units;  /* of these 64 bytes may be read */
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
-    int64_t units_per_group, prefetch;
+    int unit_shift;      /* log2 of the units in a group */
+    int64_t prefetch;    /* from a byte to the one that is needed some rows later */
 } weight_rows;
+
+/* acc[row][m] += one unit of R rows from `first` on. */
+INLINE TARGET_VNNI void decode_unit(const weight_rows *w, const uint8_t *const row[], int first,
+                                    int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
+                                    const int M, const int R, const int limbs, const int quads) {
+    __m512i even[MAX_R], odd[MAX_R];
+    __m512 scale[MAX_R];
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        const uint8_t *at = row[r] + unit * 64;
+        unpack_unsigned(_mm512_maskz_loadu_epi32(mask, at), &even[r], &odd[r]);
+        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
+        scale[r] = row_scale(w->scales, quads, unit, first + r, w->unit_shift);
+    }
+    UNROLL
+    for (int m = 0; m < M; m++)
+        UNROLL
+        for (int r = 0; r < R; r++)
+            acc[r * M + m] =
+                _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(limbs), limbs),
+                                scale[r], acc[r * M + m]);
+}
 
 /* Adds units [begin, end) of R rows from `first` on to sums[row][m], 16 partial sums each. */
 INLINE TARGET_VNNI void decode_rows(const weight_rows *w, const turned_x *t, int first,
                                     int64_t begin, int64_t end, __m512 *sums, const int M,
                                     const int R, const int limbs, const int quads) {
-    __m512 acc[4 * MAX_DECODE_M];
+    __m512 acc[MAX_R * MAX_DECODE_M];
+    const uint8_t *row[MAX_R];
+    UNROLL
+    for (int r = 0; r < R; r++) row[r] = w->row[first + r];
+    UNROLL
     for (int i = 0; i < R * M; i++) acc[i] = sums[first * M + i];
-    for (int64_t unit = begin; unit < end; unit++) {
-        const uint8_t *x = t->units_x + unit * M * unit_bytes(limbs);
-        __m512i even[4], odd[4];
-        __m512 scale[4];
-        for (int r = 0; r < R; r++) {
-            const uint8_t *at = w->row[first + r] + unit * 64;
-            const __m512i bytes = unit < w->full_units ? _mm512_loadu_si512(at)
-                                                       : _mm512_maskz_loadu_epi32(w->tail_mask, at);
-            _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
-            unpack_unsigned(bytes, &even[r], &odd[r]);
-            scale[r] = row_scale(w->scales, quads, unit, first + r, w->units_per_group);
-        }
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < R; r++)
-                acc[r * M + m] =
-                    _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(limbs), limbs),
-                                    scale[r], acc[r * M + m]);
-    }
+    const uint8_t *x = t->units_x + begin * M * unit_bytes(limbs);
+    const int64_t full = min64(end, w->full_units);
+    int64_t unit = begin;
+    for (; unit < full; unit++, x += M * unit_bytes(limbs))
+        decode_unit(w, row, first, unit, 0xffff, x, acc, M, R, limbs, quads);
+    if (unit < end)
+        decode_unit(w, row, first, unit, w->tail_mask, x, acc, M, R, limbs, quads);
+    UNROLL
     for (int i = 0; i < R * M; i++) sums[first * M + i] = acc[i];
 }
 
@@ -503,7 +523,7 @@ static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, ra
     weight_rows w = {.scales = scales,
                      .full_units = a->K / UNIT_K,
                      .tail_mask = lanes(a->K % UNIT_K / 8),
-                     .units_per_group = a->group < UNIT_K ? 1 : a->group / UNIT_K,
+                     .unit_shift = a->group > UNIT_K,
                      .prefetch = 4 * a->q_stride};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
@@ -545,7 +565,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
         BARRIER;
         decode_blocks(a, &t, share(blocks, part, parts), (float *)(scales + part * scales_size));
     }
-    free(memory);
+    _mm_free(memory);
     return INT4Q_OK;
 }
 
@@ -567,9 +587,8 @@ INLINE TARGET_VNNI void params_of_rows(const int4q_args *a, int64_t n0, int64_t 
  * the reference (the rounding variant keeps compilers from fusing the two). */
 INLINE TARGET_VNNI __m512 value_table(float scale, float zero) {
     const __m512 q = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 product = _mm512_mul_round_ps(q, _mm512_set1_ps(scale),
-                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_add_ps(product, _mm512_set1_ps(zero));
+    return _mm512_add_ps(_mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST),
+                         _mm512_set1_ps(zero));
 }
 
 /* 16 bytes -> 32 table entries in the order of k. vpermw looks at 5 bits of each index; the fifth
@@ -633,37 +652,39 @@ EXPORT int int4q_dequant(const int4q_args *a) {
  * GEMM on AMX tiles
  *
  * Transposed, C^T[n, m] = W[n, :] x^T[:, m], so that weights are the A operand and need no
- * transposition: a tile row is 32 consecutive k of one weight row. Tiles are 1 KiB:
+ * transposition: a tile row is 32 k of one weight row. Tiles are 1 KiB:
  *   A  bf16 [16 n][32 k]              dequantised on the fly into a buffer that stays in cache
  *   B  bf16 [16 k pairs][16 m][2]     x, packed once
  *   C  fp32 [16 n][16 m]
- * A step is 32 k of a panel (32 rows, two A tiles) and one or two B tiles.
+ * A panel is 32 weight rows (two A tiles); a step is 32 k of a panel. The four steps of a unit
+ * (128 k, 64 bytes of weights) take its k in the order in which unpacking yields them, in A and B
+ * alike: word i of step t is k = 32 (i / 8) + 2 (i % 8) + 16 (t % 2) + t / 2.
  * ------------------------------------------------------------------------------------------- */
 
 enum {
     TILE = 1024,
     TILE_K = 32,
-    PANEL = 32,          /* weight rows of two A tiles */
-    PANEL_STEP = 2 * TILE,
-    CHUNK_K = 512,       /* k of a dequantised panel: 32 KiB, two thirds of a first-level cache */
-    SMALL_K = 128,       /* the same where weights and tiles take turns, see small_panel() */
-    BLOCK_PANELS = 8,    /* panels that share a chunk of packed x while it is in cache */
-    BLOCK_M = 512        /* rows of x packed at a time */
+    PANEL = 32,
+    STEP_BYTES = 2 * TILE,
+    UNIT_STEPS = UNIT_K / TILE_K,
+    UNIT_BYTES = UNIT_STEPS * STEP_BYTES,
+    CHUNK_UNITS = 2,  /* of a dequantised panel: as large as the B tiles it meets, both fit in L1 */
+    BLOCK_PANELS = 8, /* panels that share a chunk of packed x while it is in cache */
+    BLOCK_M = 512     /* rows of x packed at a time */
 };
 
 typedef struct {
-    int64_t m0, rows;           /* rows of x in this block */
-    int64_t m_tiles, k_tiles;
-    uint8_t *tiles;             /* B tiles, [chunks of K][m_tiles][k tiles of the chunk] */
+    int64_t m0, rows; /* rows of x in this block */
+    int64_t m_tiles, units;
+    uint8_t *tiles; /* B tiles, [chunks of K][m_tiles][k tiles of the chunk] */
 } packed_x;
 
-/* Chunks are contiguous: a power of two between m tiles would map them all to the same few sets
- * of the second-level cache. The last chunk may hold fewer k tiles. */
-INLINE uint8_t *b_tile(const packed_x *p, int64_t m_tile, int64_t k_tile) {
-    enum { CHUNK_TILES = CHUNK_K / TILE_K };
-    const int64_t first = k_tile / CHUNK_TILES * CHUNK_TILES;
-    const int64_t length = min64(CHUNK_TILES, p->k_tiles - first);
-    return p->tiles + (first * p->m_tiles + m_tile * length + k_tile - first) * TILE;
+/* The four B tiles of a unit. Chunks are contiguous: a power of two between m tiles would map them
+ * all to the same few sets of the second-level cache. The last chunk may be shorter. */
+INLINE uint8_t *b_tiles(const packed_x *p, int64_t m_tile, int64_t unit) {
+    const int64_t first = unit / CHUNK_UNITS * CHUNK_UNITS;
+    const int64_t length = min64(CHUNK_UNITS, p->units - first);
+    return p->tiles + (first * p->m_tiles + m_tile * length + unit - first) * UNIT_STEPS * TILE;
 }
 
 INLINE TARGET_AMX void configure_tiles(void) {
@@ -703,53 +724,126 @@ INLINE TARGET_VNNI void transpose16(__m512i r[16]) {
     }
 }
 
-/* B tiles of 16 rows of x, k tiles [kt.begin, kt.end); rows past M are 0. */
-static TARGET_VNNI void pack_x(const int4q_args *a, const packed_x *p, int64_t m_tile, range kt) {
-    const int64_t rows = min64(16, p->rows - m_tile * 16);
-    const uint16_t *x = (const uint16_t *)a->x + (p->m0 + m_tile * 16) * a->x_stride;
-    for (int64_t k = kt.begin; k < kt.end; k++) {
-        __m512i r[16];
-        for (int i = 0; i < 16; i++)
-            r[i] = i < rows ? _mm512_loadu_si512(x + i * a->x_stride + k * TILE_K)
-                            : _mm512_setzero_si512();
-        transpose16(r);
-        __m512i *to = (__m512i *)b_tile(p, m_tile, k);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(to + i, r[i]);
+/* 128 k of a row of x, in the order of the steps. */
+INLINE TARGET_VNNI void order_row(const uint16_t *x, int64_t valid, __m512i step[UNIT_STEPS]) {
+    const __m512i pairs = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i evens = _mm512_or_si512( /* words 0, 2, .. 62 of two registers */
+        _mm512_slli_epi32(_mm512_add_epi32(pairs, pairs), 0),
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(pairs, pairs), _mm512_set1_epi32(2)), 16));
+    const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+    __m512i part[4]; /* 32 k each; past K: 0 */
+    for (int i = 0; i < 4; i++)
+        part[i] = i * 32 < valid ? _mm512_loadu_si512(x + i * 32) : _mm512_setzero_si512();
+    for (int odd = 0; odd < 2; odd++) {
+        const __m512i index = odd ? odds : evens;
+        const __m512i a = _mm512_permutex2var_epi16(part[0], index, part[1]);
+        const __m512i b = _mm512_permutex2var_epi16(part[2], index, part[3]);
+        step[2 * odd] = _mm512_shuffle_i32x4(a, b, 0x88);
+        step[2 * odd + 1] = _mm512_shuffle_i32x4(a, b, 0xdd);
     }
 }
 
-INLINE TARGET_AMX __m512i bf16_table(float scale, float zero) {
-    const __m512 values = value_table(scale, zero);
-    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+/* B tiles of 16 rows of x and one unit; rows past M are 0. */
+static TARGET_VNNI void pack_unit(const int4q_args *a, const packed_x *p, int64_t m_tile,
+                                  int64_t unit) {
+    const int64_t rows = min64(16, p->rows - m_tile * 16);
+    const uint16_t *x =
+        (const uint16_t *)a->x + (p->m0 + m_tile * 16) * a->x_stride + unit * UNIT_K;
+    __m512i tile[UNIT_STEPS][16];
+    for (int i = 0; i < 16; i++) {
+        __m512i step[UNIT_STEPS];
+        order_row(i < rows ? x + i * a->x_stride : x, i < rows ? a->K - unit * UNIT_K : 0, step);
+        for (int t = 0; t < UNIT_STEPS; t++) tile[t][i] = step[t];
+    }
+    __m512i *to = (__m512i *)b_tiles(p, m_tile, unit);
+    for (int t = 0; t < UNIT_STEPS; t++) {
+        transpose16(tile[t]);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(to + t * 16 + i, tile[t][i]);
+    }
 }
 
-/* scale and zero_point of a panel for a chunk of k, [groups of the chunk][32 rows]. */
+/* scale and zero_point of a panel for one unit: a value for each row (groups of 128 and more), or
+ * quads as in decode. */
 typedef struct {
-    __attribute__((aligned(64))) float scale[2][CHUNK_K / 32 * ROWS];
-    __attribute__((aligned(64))) float zero[2][CHUNK_K / 32 * ROWS];
+    __attribute__((aligned(64))) float scale[2][ROWS * 4];
+    __attribute__((aligned(64))) float zero[2][ROWS * 4];
 } panel_params;
 
-INLINE TARGET_VNNI void load_panel_params(const int4q_args *a, int64_t n0, range k,
-                                          panel_params *p) {
-    const int64_t g0 = k.begin / a->group, count = ceil_div(k.end, a->group) - g0;
-    for (int half = 0; half < 2; half++)
-        params_of_rows(a, n0 + half * ROWS, g0, count, p->scale[half], p->zero[half]);
+INLINE TARGET_VNNI void load_panel_params(const int4q_args *a, int64_t n0, int64_t unit,
+                                          panel_params *p, const int quads) {
+    for (int half = 0; half < 2; half++) {
+        const int64_t n = n0 + half * ROWS;
+        const __mmask16 mask = lanes(a->N - n);
+        __m512 scale[4], zero[4];
+        for (int i = 0; i < (quads ? 4 : 1); i++) {
+            const int64_t k = unit * UNIT_K + i * 32;
+            const __mmask16 valid = k < a->K ? mask : 0;
+            const int64_t g = k < a->K ? k / a->group : 0;
+            scale[i] = load_scale(a, g, n, valid);
+            zero[i] = load_zero(a, g, n, valid);
+        }
+        if (quads) {
+            store_quads(scale, p->scale[half]);
+            store_quads(zero, p->zero[half]);
+        } else {
+            _mm512_store_ps(p->scale[half], scale[0]);
+            _mm512_store_ps(p->zero[half], zero[0]);
+        }
+    }
 }
 
-/* Rows [first, last) of the panel at n0, k in `k`, into A tiles [step][2][16 rows][32 k]. */
-INLINE TARGET_AMX void dequant_panel(const int4q_args *a, int64_t n0, range k, int first, int last,
-                                     const panel_params *p, uint8_t *tiles, int64_t prefetch) {
-    const int64_t run = min64(a->group, k.end - k.begin); /* k that share a table */
+/* Values of nibbles 0..7 (q = 0..7) or 8..15 (q = -8..-1) for two groups, eight lanes each. */
+INLINE TARGET_VNNI __m512 half_tables(__m512 scale, __m512 zero, const int upper) {
+    const __m512 low = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 q = upper ? _mm512_sub_ps(low, _mm512_set1_ps(8.0f)) : low;
+    return _mm512_add_ps(_mm512_mul_round_ps(q, scale, NEAREST), zero);
+}
+
+/* Tables of a row for a unit, as vpshufb wants them: lane i serves the k in [32 i, 32 i + 32), the
+ * lower bytes of its 16 bf16 values in one register, the upper bytes in another. */
+INLINE TARGET_AMX void byte_tables(const panel_params *p, int row, const int quads,
+                                   __m512i *lower, __m512i *upper) {
+    const int half = row / ROWS, r = row % ROWS;
+    __m512i first, last; /* nibbles 0..7 and 8..15; lane i for its 32 k */
+    if (quads) {
+        const __m512i groups01 = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        const __m512i groups23 = _mm512_add_epi32(groups01, _mm512_set1_epi32(2));
+        const __m512 s = _mm512_castps128_ps512(_mm_load_ps(p->scale[half] + row_slot(r) * 4));
+        const __m512 z = _mm512_castps128_ps512(_mm_load_ps(p->zero[half] + row_slot(r) * 4));
+        const __m512 s01 = _mm512_permutexvar_ps(groups01, s), z01 = _mm512_permutexvar_ps(groups01, z);
+        const __m512 s23 = _mm512_permutexvar_ps(groups23, s), z23 = _mm512_permutexvar_ps(groups23, z);
+        first = (__m512i)_mm512_cvtne2ps_pbh(half_tables(s23, z23, 0), half_tables(s01, z01, 0));
+        last = (__m512i)_mm512_cvtne2ps_pbh(half_tables(s23, z23, 1), half_tables(s01, z01, 1));
+    } else {
+        const __m512 s = _mm512_set1_ps(p->scale[half][r]), z = _mm512_set1_ps(p->zero[half][r]);
+        const __m512 low = half_tables(s, z, 0), high = half_tables(s, z, 1);
+        first = (__m512i)_mm512_cvtne2ps_pbh(low, low);
+        last = (__m512i)_mm512_cvtne2ps_pbh(high, high);
+    }
+    const __m512i byte = _mm512_set1_epi16(0xff);
+    *lower = _mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(last, byte));
+    *upper = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8));
+}
+
+/* Rows [first, last) of the panel at n0, one unit, into A tiles [step][2][16 rows][32 k]. */
+INLINE TARGET_AMX void dequant_unit(const int4q_args *a, int64_t n0, int64_t unit, int first,
+                                    int last, const panel_params *p, uint8_t *tiles,
+                                    int64_t prefetch, const int quads) {
+    const __mmask16 mask = lanes((a->K - unit * UNIT_K) / 8); /* dwords of weights */
+    const __m512i low = _mm512_set1_epi8(0x0f);
     for (int r = first; r < last; r++) {
-        const uint8_t *w = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride + k.begin / 2;
-        uint8_t *to = tiles + r * 64;
-        const float *scale = p->scale[r / ROWS] + r % ROWS, *zero = p->zero[r / ROWS] + r % ROWS;
-        for (int64_t at = 0; at < k.end - k.begin; at += run, scale += ROWS, zero += ROWS) {
-            const __m512i table = bf16_table(*scale, *zero);
-            for (int64_t i = at; i < at + run; i += TILE_K) {
-                if (i % 128 == 0) _mm_prefetch((const char *)w + i / 2 + prefetch, _MM_HINT_T0);
-                _mm512_store_si512(to + i / TILE_K * PANEL_STEP, expand_halves(w + i / 2, table));
-            }
+        const uint8_t *at = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride + unit * 64;
+        _mm_prefetch((const char *)at + prefetch, _MM_HINT_T0);
+        const __m512i w = _mm512_maskz_loadu_epi32(mask, at);
+        __m512i lower, upper;
+        byte_tables(p, r, quads, &lower, &upper);
+        __m512i *to = (__m512i *)(tiles + r * 64);
+        for (int odd = 0; odd < 2; odd++, to += 2 * STEP_BYTES / 64) {
+            const __m512i nibble = _mm512_and_si512(odd ? _mm512_srli_epi16(w, 4) : w, low);
+            const __m512i lo = _mm512_shuffle_epi8(lower, nibble);
+            const __m512i hi = _mm512_shuffle_epi8(upper, nibble);
+            _mm512_store_si512(to, _mm512_unpacklo_epi8(lo, hi));
+            _mm512_store_si512(to + STEP_BYTES / 64, _mm512_unpackhi_epi8(lo, hi));
         }
     }
 }
@@ -792,42 +886,58 @@ INLINE TARGET_AMX void store_sums(float *sums, const int two) {
     _tile_stored(3, sums + 768, 64);
 }
 
-/* [2 halves][2 m tiles] C tiles, first m tile `m_tile` -> out, with the bias, rounded once. */
-static TARGET_VNNI void write_sums(const int4q_args *a, const packed_x *p, int64_t n0,
-                                   int64_t m_tile, const float *sums) {
-    for (int part = 0; part < 4; part++) {
-        const int64_t n = n0 + part / 2 * ROWS, m = (m_tile + part % 2) * 16;
-        const int64_t rows = min64(16, p->rows - m);
-        const __mmask16 mask = lanes(a->N - n);
-        if (rows <= 0 || !mask) continue;
-        __m512i c[16];
-        for (int i = 0; i < 16; i++) c[i] = _mm512_load_si512(sums + part * 256 + i * 16);
-        transpose16(c);
-        const __m512 bias =
-            a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + n) : _mm512_setzero_ps();
-        for (int i = 0; i < rows; i++)
-            store_floats(a->out, KIND_BF16, (p->m0 + m + i) * a->out_stride + n, mask,
-                         _mm512_add_ps(_mm512_castsi512_ps(c[i]), bias));
+/* 16 rows of out: two C tiles of 16 weight rows each, with the bias, rounded once. */
+INLINE TARGET_AMX void write_m_tile(const int4q_args *a, int64_t m, int64_t rows, int64_t n,
+                                    const float *upper, const float *lower) {
+    const __mmask16 left = lanes(a->N - n), right = lanes(a->N - n - 16);
+    const __mmask32 mask = (__mmask32)left | (__mmask32)right << 16;
+    __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (a->bias) {
+        bias[0] = _mm512_maskz_loadu_ps(left, a->bias + n);
+        bias[1] = _mm512_maskz_loadu_ps(right, a->bias + n + 16);
+    }
+    __m512i u[16], l[16];
+    for (int i = 0; i < 16; i++) {
+        u[i] = _mm512_load_si512(upper + i * 16);
+        l[i] = _mm512_load_si512(lower + i * 16);
+    }
+    transpose16(u);
+    transpose16(l);
+    for (int i = 0; i < rows; i++) {
+        const __m512 to_left = _mm512_add_ps(_mm512_castsi512_ps(u[i]), bias[0]);
+        const __m512 to_right = _mm512_add_ps(_mm512_castsi512_ps(l[i]), bias[1]);
+        _mm512_mask_storeu_epi16((uint16_t *)a->out + (m + i) * a->out_stride + n, mask,
+                                 (__m512i)_mm512_cvtne2ps_pbh(to_right, to_left));
+    }
+}
+
+/* Sums of a panel and two m tiles, the first `m_tile`, to out. */
+static TARGET_AMX void write_sums(const int4q_args *a, const packed_x *p, int64_t n0,
+                                  int64_t m_tile, const float *sums) {
+    for (int i = 0; i < 2; i++) {
+        const int64_t m = (m_tile + i) * 16, rows = min64(16, p->rows - m);
+        if (rows > 0)
+            write_m_tile(a, p->m0 + m, rows, n0, sums + i * 256, sums + 512 + i * 256);
     }
 }
 
 /* At most 32 rows of x: a panel's sums stay in tiles over all of K, and the weights of the next
- * 128 k are dequantised between this chunk's tile products, which run beside them. */
+ * unit are dequantised between this one's tile products, which run beside them. */
 INLINE TARGET_AMX void small_panel(const int4q_args *a, const packed_x *p, int64_t n0,
-                                   uint8_t *buffer, const int two) {
+                                   uint8_t *buffer, const int two, const int quads) {
     panel_params params;
     zero_sums();
-    for (int64_t next = 0; next < a->K + SMALL_K; next += SMALL_K) {
-        uint8_t *fill = buffer + (next / SMALL_K & 1) * (SMALL_K / TILE_K * PANEL_STEP);
-        const uint8_t *use = buffer + (~(next / SMALL_K) & 1) * (SMALL_K / TILE_K * PANEL_STEP);
-        const range k = {next, min64(next + SMALL_K, a->K)};
-        if (next < a->K) load_panel_params(a, n0, k, &params);
-        for (int i = 0; i < 4; i++) {
-            if (next < a->K)
-                dequant_panel(a, n0, k, i * 8, i * 8 + 8, &params, fill, SMALL_K);
-            const int64_t step = next / TILE_K - 4 + i;
-            if (step >= 0 && step < p->k_tiles)
-                multiply_step(use + i * PANEL_STEP, b_tile(p, 0, step), b_tile(p, 1, step), two);
+    for (int64_t unit = 0; unit <= p->units; unit++) {
+        uint8_t *fill = buffer + (unit & 1) * UNIT_BYTES;
+        const uint8_t *use = buffer + (~unit & 1) * UNIT_BYTES;
+        const uint8_t *B0 = unit ? b_tiles(p, 0, unit - 1) : NULL;
+        const uint8_t *B1 = unit && two ? b_tiles(p, 1, unit - 1) : B0;
+        if (unit < p->units) load_panel_params(a, n0, unit, &params, quads);
+        for (int i = 0; i < UNIT_STEPS; i++) {
+            if (unit < p->units)
+                dequant_unit(a, n0, unit, i * 8, i * 8 + 8, &params, fill, 4 * 64, quads);
+            if (unit)
+                multiply_step(use + i * STEP_BYTES, B0 + i * TILE, B1 + i * TILE, two);
         }
     }
     __attribute__((aligned(64))) float sums[4 * 256];
@@ -837,12 +947,13 @@ INLINE TARGET_AMX void small_panel(const int4q_args *a, const packed_x *p, int64
 
 static TARGET_AMX void small_panels(const int4q_args *a, const packed_x *p, range panels,
                                     uint8_t *buffer) {
+    const int quads = a->group < UNIT_K, two = p->m_tiles > 1;
     configure_tiles();
     for (int64_t i = panels.begin; i < panels.end; i++) {
-        if (p->m_tiles == 1)
-            small_panel(a, p, i * PANEL, buffer, 0);
-        else
-            small_panel(a, p, i * PANEL, buffer, 1);
+        if (quads && two) small_panel(a, p, i * PANEL, buffer, 1, 1);
+        if (quads && !two) small_panel(a, p, i * PANEL, buffer, 0, 1);
+        if (!quads && two) small_panel(a, p, i * PANEL, buffer, 1, 0);
+        if (!quads && !two) small_panel(a, p, i * PANEL, buffer, 0, 0);
     }
     _tile_release();
 }
@@ -855,28 +966,36 @@ INLINE TARGET_AMX void chunk_product(const uint8_t *A, const uint8_t *B0, const 
     else
         load_sums(sums, two);
     for (int64_t i = 0; i < steps; i++)
-        multiply_step(A + i * PANEL_STEP, B0 + i * TILE, B1 + i * TILE, two);
+        multiply_step(A + i * STEP_BYTES, B0 + i * TILE, B1 + i * TILE, two);
     store_sums(sums, two);
 }
 
-/* Up to BLOCK_PANELS panels; sums are [panels][pairs of m tiles][2][2] C tiles. */
-static TARGET_AMX void panel_block(const int4q_args *a, const packed_x *p, range panels,
-                                   uint8_t *A, float *sums) {
-    const int64_t pairs = ceil_div(p->m_tiles, 2);
+INLINE TARGET_AMX void dequant_chunk(const int4q_args *a, int64_t n0, range units, uint8_t *A,
+                                     const int quads) {
     panel_params params;
-    for (int64_t k0 = 0; k0 < a->K; k0 += CHUNK_K) {
-        const range k = {k0, min64(k0 + CHUNK_K, a->K)};
+    for (int64_t unit = units.begin; unit < units.end; unit++) {
+        load_panel_params(a, n0, unit, &params, quads);
+        dequant_unit(a, n0, unit, 0, PANEL, &params, A + (unit - units.begin) * UNIT_BYTES,
+                     PANEL * a->q_stride, quads);
+    }
+}
+
+/* Up to BLOCK_PANELS panels; sums are [panels][pairs of m tiles][2][2] C tiles. */
+INLINE TARGET_AMX void panel_block(const int4q_args *a, const packed_x *p, range panels,
+                                   uint8_t *A, float *sums, const int quads) {
+    const int64_t pairs = ceil_div(p->m_tiles, 2);
+    for (int64_t unit = 0; unit < p->units; unit += CHUNK_UNITS) {
+        const range units = {unit, min64(unit + CHUNK_UNITS, p->units)};
+        const int64_t steps = (units.end - units.begin) * UNIT_STEPS;
         for (int64_t i = panels.begin; i < panels.end; i++) {
-            load_panel_params(a, i * PANEL, k, &params);
-            dequant_panel(a, i * PANEL, k, 0, PANEL, &params, A, PANEL * a->q_stride);
+            dequant_chunk(a, i * PANEL, units, A, quads);
             for (int64_t j = 0; j < pairs; j++) {
-                const uint8_t *B0 = b_tile(p, 2 * j, k0 / TILE_K);
+                const uint8_t *B0 = b_tiles(p, 2 * j, unit);
                 float *to = sums + ((i - panels.begin) * pairs + j) * 1024;
-                const int64_t steps = (k.end - k.begin) / TILE_K;
                 if (2 * j + 1 < p->m_tiles)
-                    chunk_product(A, B0, B0 + steps * TILE, steps, to, k0 == 0, 1);
+                    chunk_product(A, B0, B0 + steps * TILE, steps, to, unit == 0, 1);
                 else
-                    chunk_product(A, B0, B0, steps, to, k0 == 0, 0);
+                    chunk_product(A, B0, B0, steps, to, unit == 0, 0);
             }
         }
     }
@@ -890,29 +1009,33 @@ static TARGET_AMX void large_panels(const int4q_args *a, const packed_x *p, rang
     configure_tiles();
     for (int64_t i = panels.begin; i < panels.end; i += BLOCK_PANELS) {
         const range block = {i, min64(i + BLOCK_PANELS, panels.end)};
-        panel_block(a, p, block, A, sums);
+        if (a->group < UNIT_K)
+            panel_block(a, p, block, A, sums, 1);
+        else
+            panel_block(a, p, block, A, sums, 0);
     }
     _tile_release();
 }
 
 EXPORT int int4q_gemm(const int4q_args *a) {
     if (!(int4q_cpu_features() & FEATURE_AMX) || a->x_kind != KIND_BF16) return INT4Q_UNSUPPORTED;
-    const int64_t panels = ceil_div(a->N, PANEL), k_tiles = a->K / TILE_K;
+    const int64_t panels = ceil_div(a->N, PANEL), units = ceil_div(a->K, UNIT_K);
     const int64_t threads = useful_threads(a, panels, a->N * (a->K / 2) * a->M);
     const int64_t max_tiles = ceil_div(min64(a->M, BLOCK_M), 16);
-    const int64_t x_size = max_tiles * k_tiles * TILE, a_size = CHUNK_K / TILE_K * PANEL_STEP;
+    const int64_t x_size = max_tiles * units * UNIT_STEPS * TILE, a_size = 2 * UNIT_BYTES;
     const int64_t sums_size = ceil_div(max_tiles, 2) * BLOCK_PANELS * 4 * TILE;
     uint8_t *memory = aligned_new(x_size + threads * (a_size + sums_size));
     if (!memory) return INT4Q_NO_MEMORY;
     PARALLEL(threads) {
         const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
         uint8_t *A = memory + x_size + part * (a_size + sums_size);
-        const range mine = share(panels, part, parts), kt = share(k_tiles, part, parts);
+        const range mine = share(panels, part, parts), pack = share(units, part, parts);
         for (int64_t m0 = 0; m0 < a->M; m0 += BLOCK_M) {
-            packed_x p = {.m0 = m0, .rows = min64(BLOCK_M, a->M - m0), .k_tiles = k_tiles};
+            packed_x p = {.m0 = m0, .rows = min64(BLOCK_M, a->M - m0), .units = units};
             p.m_tiles = ceil_div(p.rows, 16);
             p.tiles = memory;
-            for (int64_t i = 0; i < p.m_tiles; i++) pack_x(a, &p, i, kt);
+            for (int64_t unit = pack.begin; unit < pack.end; unit++)
+                for (int64_t i = 0; i < p.m_tiles; i++) pack_unit(a, &p, i, unit);
             BARRIER;
             if (p.m_tiles <= 2)
                 small_panels(a, &p, mine, A);
@@ -921,7 +1044,7 @@ EXPORT int int4q_gemm(const int4q_args *a) {
             BARRIER;
         }
     }
-    free(memory);
+    _mm_free(memory);
     return INT4Q_OK;
 }
 
