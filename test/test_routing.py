@@ -109,7 +109,7 @@ def test_choose_is_pure_and_reads_one_table():
 def test_a_refusal_carries_every_reason():
     reasons = {name: why for name, _, why in registry.explain(problem(device="xpu"))}
     assert reasons["reference"] is None
-    assert all("cpu" in why for name, why in reasons.items() if name != "reference")
+    assert all("runs on" in why for name, why in reasons.items() if name != "reference")
     with pytest.raises(ValueError, match="no triton kernel in this build|preference 'triton'"):
         choose(problem(), KernelPreference.TRITON)
     with pytest.raises(ValueError, match="op must be one of"):
@@ -137,3 +137,38 @@ def test_a_slow_path_is_announced_once(monkeypatch):
     torch.testing.assert_close(y, x @ PLAIN.dequantize().T)
     F.linear(x, PLAIN)  # warnings are errors here: a second one would fail
     registry.route.cache_clear()
+
+
+H200 = dict(device="cuda", capability=(9, 0))
+ROUTES = [  # M, what changes, the kernel of a plain weight's F.linear on an H200
+    (1, {}, "cuda_decode"),
+    (8, {}, "cuda_decode"),
+    (64, {}, "gluon_matmul"),
+    (4096, {}, "triton_dequantize_cublas"),
+    (64, dict(dtype=torch.float32), "triton_matmul"),
+    (64, dict(capability=(8, 0)), "triton_matmul"),
+]
+
+
+@pytest.mark.parametrize("M,change,name", ROUTES)
+def test_routes_on_a_gpu_are_chosen_without_one(M, change, name):
+    pytest.importorskip("triton")
+    assert choose(problem(M=M, **{**H200, **change})).name == name
+
+
+def test_w4a8_serves_few_rows_of_the_coalesced_op_only():
+    pytest.importorskip("triton")
+    coalesced = dict(op="int4_plain_mm", **H200)
+    assert choose(problem(M=8, **coalesced)).name == "cuda_decode_w4a8"
+    assert choose(problem(M=64, **coalesced)).name == "gluon_matmul"
+    plain = [k.name for k in registry.kernels("int4_linear")]
+    assert not any("w4a8" in name for name in plain)
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch):
+    from int4q.kernels import cuda
+
+    monkeypatch.setattr(cuda, "_triton_missing", lambda: "triton is not installed")
+    reasons = {name: why for name, _, why in registry.explain(problem(M=64, **H200))}
+    assert reasons["gluon_matmul"] == reasons["triton_matmul"] == "triton is not installed"
+    assert choose(problem(M=64, **H200)).name == "reference"

@@ -72,15 +72,27 @@ def packed_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size:
     return y.to(x.dtype)
 
 
+def _dequantize_unsupported(problem: Problem) -> str | None:
+    if reason := _on_cpu(problem):
+        return reason
+    if problem.dtype not in (torch.bfloat16, torch.float32):
+        return f"writes bfloat16 and float32, not {problem.dtype}"
+    shape = 1, problem.N, problem.K, problem.group_size
+    return native_cpu.unsupported(*shape, problem.dtype, problem.scale_dtype)
+
+
+def _native_dequantize(qdata: Tensor, *rest) -> Tensor:
+    return native_cpu.dequantize(_whole_rows(qdata), *rest)
+
+
 def dequantize(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs."""
-    problem = (1, qdata.shape[0], 2 * qdata.shape[1], group_size, dtype, scale.dtype)
-    if dtype != torch.float16 and native_cpu.unsupported(*problem) is None:
-        qdata = _whole_rows(qdata)
-        return native_cpu.dequantize(qdata, scale, zero_point, group_size, dtype)
-    return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
+    N, K = qdata.shape[0], 2 * qdata.shape[1]
+    problem = Problem("dequantize", "cpu", dtype, scale.dtype, 0, N, K, group_size)
+    run = reference.dequantize if _dequantize_unsupported(problem) else _native_dequantize
+    return run(qdata, scale, zero_point, group_size, dtype)
 
 
 def _row_blocks(N: int, K: int) -> list[slice]:
@@ -193,6 +205,9 @@ native_symmetric = Kernel(
 )
 blocked_symmetric = Kernel(
     "cpu_blocked", KernelPreference.TORCH, _on_cpu, _symmetric(blocked_linear)
+)
+native_dequantize = Kernel(
+    "cpu_native", KernelPreference.TORCH, _dequantize_unsupported, _native_dequantize
 )
 blocked = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _announced_blocked_linear)
 blocked_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, blocked_grad_input)

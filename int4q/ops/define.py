@@ -33,11 +33,14 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int):
-    """The function that runs ``op`` on these shapes under the preference in force."""
+def kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int, dtype=None):
+    """The function that runs ``op`` on these shapes under the preference in force.
+
+    ``x`` says the device and, unless ``dtype`` does, the dtype of the result.
+    """
     device = x.device
     capability = _capability(device.index) if device.type == "cuda" else None
-    problem = (op, device.type, x.dtype, scale.dtype, M, N, K, group_size, capability)
+    problem = (op, device.type, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
     return registry.route(registry.preference(), *problem).run
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry, qparams
-from int4q.kernels import cpu, reference
+from int4q.kernels import reference
 from int4q.ops import SCALE_DTYPES
+from int4q.ops.define import kernel
 
 _KEEP = object()
 
@@ -221,18 +222,10 @@ class Int4TensorBase(TorchAOBaseTensor):
             ``q * scale + zero_point``, computed in float32 and rounded once.
         """
         dtype = output_dtype or self.dtype
-        qdata, scale, zero_point = self._weight_parts()
-        if qdata.ndim == 1:
-            parts = qdata.unsqueeze(0), scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-            return reference.dequantize(*parts, self.group_size, dtype).squeeze(0)
-        plain_cpu = qdata.ndim == 2 and qdata.device.type == "cpu" and type(qdata) is Tensor
-        run = (
-            cpu.dequantize
-            if plain_cpu and not torch.compiler.is_compiling()
-            else (reference.dequantize)
-        )
-        w = run(qdata, scale, zero_point, self.group_size, dtype)
-        return w.movedim(-1, self.grouped_dim)
+        parts = self._weight_parts()
+        if parts[0].ndim == 1:
+            return _dequantize(*(_column(p) for p in parts), self.group_size, dtype).squeeze(0)
+        return _dequantize(*parts, self.group_size, dtype).movedim(-1, self.grouped_dim)
 
     def _quantization_type(self) -> str:
         """What ``print(nn.Linear)`` shows of its weight."""
@@ -280,6 +273,27 @@ class Int4TensorBase(TorchAOBaseTensor):
     def is_pinned(self) -> bool:
         """Whether every part lies in page-locked memory."""
         return all(t.is_pinned() for t in self.data_tensors().values())
+
+
+def _column(part: Tensor) -> Tensor:
+    """A part of a single row as that of a matrix: ``[K/2] -> [1, K/2]``, ``[G] -> [G, 1]``."""
+    return part.unsqueeze(0 if part.dtype == torch.int8 else -1)
+
+
+def _dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The chosen kernel on a matrix or, one by one, on those of a stack; plain ops when traced."""
+    if torch.compiler.is_compiling() or type(qdata) is not Tensor or qdata.ndim > 3:
+        return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
+    N, K = qdata.shape[-2], 2 * qdata.shape[-1]
+    run = kernel("dequantize", qdata, scale, 0, N, K, group_size, dtype)
+    if qdata.ndim == 2:
+        return run(qdata, scale, zero_point, group_size, dtype)
+    out = scale.new_empty((*qdata.shape[:-1], K), dtype=dtype)
+    for b in range(qdata.shape[0]):
+        out[b] = run(qdata[b], scale[b], zero_point[b], group_size, dtype)
+    return out
 
 
 def _checked_setstate(self: Int4TensorBase, state) -> None:

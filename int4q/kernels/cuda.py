@@ -1,0 +1,107 @@
+"""GPU kernels as entries of the table. Their modules (and Triton) are imported at first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from int4q.kernels import reference
+from int4q.kernels.registry import Kernel, KernelPreference, Problem
+
+_SLICE_BYTES = 64 << 20
+"""Most memory for dequantised weights at a time in the gradient."""
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"int4q.kernels.{name}")
+
+
+def _lazy(module: str, function: str, **fixed) -> Callable[..., Tensor]:
+    def run(*arguments):
+        return getattr(_module(module), function)(*arguments, **fixed)
+
+    return run
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install int4q[cuda])"
+    return None
+
+
+def _triton_kernel(name: str, module: str, function: str, check: str = "unsupported") -> Kernel:
+    def unsupported(problem: Problem) -> str | None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if problem.device != "cuda" and not (interpreted and problem.device == "cpu"):
+            return f"runs on cuda, not {problem.device}"
+        return _triton_missing() or getattr(_module(module), check)(problem)
+
+    return Kernel(name, KernelPreference.TRITON, unsupported, _lazy(module, function))
+
+
+def _decode_unsupported(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"runs on cuda, not {problem.device}"
+    shape = problem.M, problem.N, problem.K, problem.group_size
+    return _module("cuda_decode").unsupported(
+        *shape, problem.dtype, problem.scale_dtype, problem.capability
+    )
+
+
+def grad_input(
+    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+) -> Tensor:
+    """:func:`reference.grad_input` by dequantising slices of rows, summed in float32."""
+    dtype = reference.compute_dtype(grad, scale)
+    N, K = qdata.shape[0], 2 * qdata.shape[1]
+    step = max(1, _SLICE_BYTES // max(1, K * dtype.itemsize))
+    dequantize = _module("triton_dequant").dequantize
+    total = None
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        part = grad[:, rows].to(dtype) @ w
+        if step >= N:
+            return part.to(grad.dtype)
+        total = part.float() if total is None else total.add_(part)
+    return grad.new_zeros((grad.shape[0], K)) if total is None else total.to(grad.dtype)
+
+
+decode = Kernel(
+    "cuda_decode", KernelPreference.CUDA, _decode_unsupported, _lazy("cuda_decode", "linear")
+)
+decode_int8 = Kernel(
+    "cuda_decode_w4a8",
+    KernelPreference.CUDA,
+    _decode_unsupported,
+    _lazy("cuda_decode", "linear", activation=torch.int8),
+)
+gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_linear")
+dequantized = _triton_kernel(
+    "triton_dequantize_cublas", "triton_dequant", "linear", "unsupported_linear"
+)
+matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_linear")
+matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_linear")
+gradient = Kernel(
+    "triton_dequantize_matmul",
+    KernelPreference.TRITON,
+    _triton_kernel("", "triton_dequant", "dequantize").unsupported,
+    grad_input,
+)
+dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequantize")
+
+symmetric_gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_matmul")
+symmetric_dequantized = _triton_kernel(
+    "triton_dequantize_cublas", "triton_dequant", "int4_matmul", "unsupported_linear"
+)
+symmetric_matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_matmul")
+symmetric_matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_matvec")
+symmetric_dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequant_w4_to_bf16")
