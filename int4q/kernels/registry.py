@@ -26,6 +26,7 @@ class KernelPreference(str, enum.Enum):
     AUTO = "auto"
     TORCH = "torch"
     TRITON = "triton"
+    CUDA = "cuda"
     FBGEMM = "fbgemm"
 
 

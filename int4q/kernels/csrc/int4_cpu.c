@@ -327,14 +327,37 @@ static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_
  * Decode, step 2: 16 rows of the weight at a time
  * ------------------------------------------------------------------------------------------- */
 
-/* Scale of the 16 rows, float. Groups of 128 and more: [G][16 rows], one value for a whole register
- * of weights. Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of a unit. */
+/* Scales of a block of 16 rows, float. Groups of 128 and more: [G][16 rows], one value for a whole
+ * register of weights. Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of
+ * a unit. Zero points: [G][16 rows]. They are converted for several blocks at a time, because the
+ * entries of another g may lie in another page. */
+enum { MAX_BLOCKS = 4 };
+
+typedef struct {
+    int64_t scale_size, zero_size; /* floats of a block */
+    float *scale, *zero;           /* [MAX_BLOCKS] blocks */
+} block_params;
+
 INLINE int row_slot(int row) { return (row & 3) * 4 + (row >> 2); }
 
-INLINE TARGET_VNNI void scales_by_group(const int4q_args *a, int64_t n0, __mmask16 mask,
-                                        int64_t groups, float *to) {
+INLINE TARGET_VNNI void zeros_by_group(const int4q_args *a, int64_t n0, int blocks,
+                                       int64_t groups, const block_params *to) {
     for (int64_t g = 0; g < groups; g++)
-        _mm512_store_ps(to + g * ROWS, load_scale(a, g, n0, mask));
+        for (int b = 0; b < blocks; b++) {
+            const int64_t n = n0 + b * ROWS;
+            _mm512_store_ps(to->zero + b * to->zero_size + g * ROWS,
+                            load_zero(a, g, n, lanes(a->N - n)));
+        }
+}
+
+INLINE TARGET_VNNI void scales_by_group(const int4q_args *a, int64_t n0, int blocks,
+                                        int64_t groups, const block_params *to) {
+    for (int64_t g = 0; g < groups; g++)
+        for (int b = 0; b < blocks; b++) {
+            const int64_t n = n0 + b * ROWS;
+            _mm512_store_ps(to->scale + b * to->scale_size + g * ROWS,
+                            load_scale(a, g, n, lanes(a->N - n)));
+        }
 }
 
 /* [4 groups][16 rows] -> [slot of the row][4]: 4x4 transposes inside each 128-bit lane put row
@@ -348,15 +371,20 @@ INLINE TARGET_VNNI void store_quads(const __m512 r[4], float *quad) {
     _mm512_store_ps(quad + 48, _mm512_shuffle_ps(ab_hi, cd_hi, 0xee));
 }
 
-INLINE TARGET_VNNI void scales_by_quad(const int4q_args *a, int64_t n0, __mmask16 mask,
-                                       int64_t units, float *to) {
+INLINE TARGET_VNNI void scales_by_quad(const int4q_args *a, int64_t n0, int blocks,
+                                       int64_t units, const block_params *to) {
     for (int64_t unit = 0; unit < units; unit++) {
-        __m512 r[4];
+        __m512 r[MAX_BLOCKS][4];
         for (int i = 0; i < 4; i++) {
             const int64_t k = unit * UNIT_K + i * 32;
-            r[i] = k < a->K ? load_scale(a, k / a->group, n0, mask) : _mm512_setzero_ps();
+            for (int b = 0; b < blocks; b++) {
+                const int64_t n = n0 + b * ROWS;
+                const __mmask16 mask = k < a->K ? lanes(a->N - n) : 0;
+                r[b][i] = load_scale(a, k < a->K ? k / a->group : 0, n, mask);
+            }
         }
-        store_quads(r, to + unit * ROWS * 4);
+        for (int b = 0; b < blocks; b++)
+            store_quads(r[b], to->scale + b * to->scale_size + unit * ROWS * 4);
     }
 }
 
@@ -396,7 +424,7 @@ INLINE TARGET_VNNI void unpack_unsigned(__m512i w, __m512i *even, __m512i *odd) 
 
 typedef struct {
     const uint8_t *row[ROWS]; /* past N: the last row again */
-    const float *scales;
+    const float *scales, *zeros;
     int64_t full_units;  /* of these 64 bytes may be read */
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
     int unit_shift;      /* log2 of the units in a group */
@@ -449,95 +477,98 @@ INLINE TARGET_VNNI void decode_rows(const weight_rows *w, const turned_x *t, int
 /* Bytes of turned x that one sweep over the 16 rows uses: half of a first-level cache. */
 enum { SWEEP_BYTES = 24 << 10 };
 
-INLINE TARGET_VNNI void decode_sweeps(const weight_rows *w, const turned_x *t, __m512 *sums,
-                                      const int M, const int R, const int limbs, const int quads) {
+/* sums[row][m] and total[m], 16 rows of the weight: products with q * scale and zero_point. */
+INLINE TARGET_VNNI void decode_block(const weight_rows *w, const turned_x *t, __m512 *sums,
+                                     __m512 *total, const int M, const int R, const int limbs,
+                                     const int quads) {
     const int64_t step = SWEEP_BYTES / (M * unit_bytes(limbs));
+    for (int i = 0; i < ROWS * M; i++) sums[i] = _mm512_setzero_ps();
     for (int64_t begin = 0; begin < t->units; begin += step)
         for (int first = 0; first < ROWS; first += R)
             decode_rows(w, t, first, begin, min64(begin + step, t->units), sums, M, R, limbs,
                         quads);
+    __m512 acc[MAX_DECODE_M];
+    UNROLL
+    for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < t->groups; g++) {
+        const __m512 zero = _mm512_load_ps(w->zeros + g * ROWS);
+        UNROLL
+        for (int m = 0; m < M; m++) {
+            const __m512 sum = _mm512_set1_ps(t->group_sum[m * t->groups + g]);
+            acc[m] = _mm512_fmadd_ps(zero, sum, acc[m]);
+        }
+    }
+    UNROLL
+    for (int m = 0; m < M; m++) total[m] = acc[m];
 }
 
-typedef void (*sweeps_fn)(const weight_rows *, const turned_x *, __m512 *);
+typedef void (*block_fn)(const weight_rows *, const turned_x *, __m512 *sums, __m512 *total);
 
-#define DEFINE_SWEEPS(M, R)                                                               \
-    static TARGET_VNNI void sweeps_##M##_2(const weight_rows *w, const turned_x *t, __m512 *s) { \
-        decode_sweeps(w, t, s, M, R, 2, 0);                                               \
-    }                                                                                     \
-    static TARGET_VNNI void sweeps_##M##_3(const weight_rows *w, const turned_x *t, __m512 *s) { \
-        decode_sweeps(w, t, s, M, R, 3, 0);                                               \
-    }                                                                                     \
-    static TARGET_VNNI void quads_##M##_2(const weight_rows *w, const turned_x *t, __m512 *s) { \
-        decode_sweeps(w, t, s, M, R, 2, 1);                                               \
-    }                                                                                     \
-    static TARGET_VNNI void quads_##M##_3(const weight_rows *w, const turned_x *t, __m512 *s) { \
-        decode_sweeps(w, t, s, M, R, 3, 1);                                               \
+#define DEFINE_BLOCK(name, M, R, limbs, quads)                                         \
+    static TARGET_VNNI void name##_##M##_##limbs(const weight_rows *w, const turned_x *t, \
+                                                 __m512 *sums, __m512 *total) {        \
+        decode_block(w, t, sums, total, M, R, limbs, quads);                           \
     }
-DEFINE_SWEEPS(1, 4)
-DEFINE_SWEEPS(2, 4)
-DEFINE_SWEEPS(3, 4)
-DEFINE_SWEEPS(4, 2)
-DEFINE_SWEEPS(5, 2)
-DEFINE_SWEEPS(6, 2)
-DEFINE_SWEEPS(7, 2)
-DEFINE_SWEEPS(8, 2)
+#define DEFINE_BLOCKS(M, R)            \
+    DEFINE_BLOCK(by_group, M, R, 2, 0) \
+    DEFINE_BLOCK(by_group, M, R, 3, 0) \
+    DEFINE_BLOCK(by_quad, M, R, 2, 1)  \
+    DEFINE_BLOCK(by_quad, M, R, 3, 1)
+DEFINE_BLOCKS(1, 4)
+DEFINE_BLOCKS(2, 4)
+DEFINE_BLOCKS(3, 4)
+DEFINE_BLOCKS(4, 2)
+DEFINE_BLOCKS(5, 2)
+DEFINE_BLOCKS(6, 2)
+DEFINE_BLOCKS(7, 2)
+DEFINE_BLOCKS(8, 2)
 
-static sweeps_fn choose_sweeps(int64_t M, int limbs, int quads) {
-#define ROW_OF_TABLE(M) {{sweeps_##M##_2, sweeps_##M##_3}, {quads_##M##_2, quads_##M##_3}}
-    static const sweeps_fn table[MAX_DECODE_M][2][2] = {
-        ROW_OF_TABLE(1), ROW_OF_TABLE(2), ROW_OF_TABLE(3), ROW_OF_TABLE(4),
-        ROW_OF_TABLE(5), ROW_OF_TABLE(6), ROW_OF_TABLE(7), ROW_OF_TABLE(8)};
+static block_fn choose_block(int64_t M, int limbs, int quads) {
+#define OF_M(M) {{by_group_##M##_2, by_group_##M##_3}, {by_quad_##M##_2, by_quad_##M##_3}}
+    static const block_fn table[MAX_DECODE_M][2][2] = {OF_M(1), OF_M(2), OF_M(3), OF_M(4),
+                                                       OF_M(5), OF_M(6), OF_M(7), OF_M(8)};
     return table[M - 1][quads][limbs - 2];
 }
 
-/* Row m of the results for 16 rows of the weight: partial sums + zero points + bias. */
-INLINE TARGET_VNNI void finish_rows(const int4q_args *a, const turned_x *t, const __m512 *sums,
-                                    int64_t n0, __mmask16 mask) {
-    __m512 total[MAX_DECODE_M];
-    for (int64_t m = 0; m < t->M; m++) {
-        float dot[ROWS];
-        for (int r = 0; r < ROWS; r++) dot[r] = _mm512_reduce_add_ps(sums[r * t->M + m]);
-        total[m] = _mm512_loadu_ps(dot);
-    }
-    for (int64_t g = 0; g < t->groups; g++) {
-        const __m512 zero = load_zero(a, g, n0, mask);
-        for (int64_t m = 0; m < t->M; m++)
-            total[m] = _mm512_fmadd_ps(zero, _mm512_set1_ps(t->group_sum[m * t->groups + g]),
-                                       total[m]);
-    }
+/* Results of 16 rows of the weight: partial sums + zero points + bias. */
+INLINE TARGET_VNNI void finish_block(const int4q_args *a, int64_t M, const __m512 *sums,
+                                     const __m512 *total, int64_t n0, __mmask16 mask) {
     const __m512 bias = a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + n0) : _mm512_setzero_ps();
-    for (int64_t m = 0; m < t->M; m++)
-        store_floats(a->out, a->out_kind, m * a->out_stride + n0, mask,
-                     _mm512_add_ps(total[m], bias));
+    for (int64_t m = 0; m < M; m++) {
+        float dot[ROWS];
+        for (int r = 0; r < ROWS; r++) dot[r] = _mm512_reduce_add_ps(sums[r * M + m]);
+        const __m512 y = _mm512_add_ps(_mm512_loadu_ps(dot), total[m]);
+        store_floats(a->out, a->out_kind, m * a->out_stride + n0, mask, _mm512_add_ps(y, bias));
+    }
 }
 
-static int64_t scales_floats(const int4q_args *a, const turned_x *t) {
-    return a->group < UNIT_K ? t->units * ROWS * 4 : (t->groups + 1) * ROWS;
-}
-
-/* Blocks of 16 rows. `scales` holds scales_floats() floats of this thread. */
+/* Blocks of 16 rows; `params` are this thread's to fill. */
 static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, range blocks,
-                                      float *scales) {
+                                      const block_params *params) {
     const int quads = a->group < UNIT_K;
-    const sweeps_fn sweeps = choose_sweeps(t->M, t->limbs, quads);
-    weight_rows w = {.scales = scales,
-                     .full_units = a->K / UNIT_K,
+    const block_fn compute = choose_block(t->M, t->limbs, quads);
+    weight_rows w = {.full_units = a->K / UNIT_K,
                      .tail_mask = lanes(a->K % UNIT_K / 8),
                      .unit_shift = a->group > UNIT_K,
                      .prefetch = 4 * a->q_stride};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
-        const __mmask16 mask = lanes(a->N - n0);
-        __m512 sums[ROWS * MAX_DECODE_M];
-        for (int i = 0; i < ROWS * t->M; i++) sums[i] = _mm512_setzero_ps();
+        const int at = (int)((block - blocks.begin) % MAX_BLOCKS);
+        if (at == 0) {
+            const int count = (int)min64(MAX_BLOCKS, blocks.end - block);
+            if (quads)
+                scales_by_quad(a, n0, count, t->units, params);
+            else
+                scales_by_group(a, n0, count, t->groups, params);
+            zeros_by_group(a, n0, count, t->groups, params);
+        }
+        w.scales = params->scale + at * params->scale_size;
+        w.zeros = params->zero + at * params->zero_size;
         for (int r = 0; r < ROWS; r++)
             w.row[r] = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride;
-        if (quads)
-            scales_by_quad(a, n0, mask, t->units, scales);
-        else
-            scales_by_group(a, n0, mask, t->groups, scales);
-        sweeps(&w, t, sums);
-        finish_rows(a, t, sums, n0, mask);
+        __m512 sums[ROWS * MAX_DECODE_M], total[MAX_DECODE_M];
+        compute(&w, t, sums, total);
+        finish_block(a, t->M, sums, total, n0, lanes(a->N - n0));
     }
 }
 
@@ -551,19 +582,23 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t threads = useful_threads(a, blocks, a->N * (a->K / 2) * a->M);
     const int64_t units_size = t.units * t.M * unit_bytes(t.limbs);
     const int64_t sums_size = ceil_div(t.M * t.groups, 16) * 64;
-    const int64_t scales_size = scales_floats(a, &t) * (int64_t)sizeof(float);
-    uint8_t *memory = aligned_new(units_size + sums_size + threads * scales_size);
+    /* The tail of K may make a unit of a group that does not exist: groups + 1. */
+    const int64_t scale_size = a->group < UNIT_K ? t.units * ROWS * 4 : (t.groups + 1) * ROWS;
+    const int64_t zero_size = t.groups * ROWS, params_size = MAX_BLOCKS * (scale_size + zero_size);
+    uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
     if (!memory) return INT4Q_NO_MEMORY;
     t.units_x = memory;
     t.group_sum = (float *)(memory + units_size);
-    uint8_t *scales = memory + units_size + sums_size;
+    float *all_params = (float *)(memory + units_size + sums_size);
     PARALLEL(threads) {
         const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
         const range spans_here = share(spans * t.M, part, parts);
         for (int64_t i = spans_here.begin; i < spans_here.end; i++)
             turn_span(a, &t, i % t.M, i / t.M);
         BARRIER;
-        decode_blocks(a, &t, share(blocks, part, parts), (float *)(scales + part * scales_size));
+        float *mine = all_params + part * params_size;
+        const block_params params = {scale_size, zero_size, mine, mine + MAX_BLOCKS * scale_size};
+        decode_blocks(a, &t, share(blocks, part, parts), &params);
     }
     _mm_free(memory);
     return INT4Q_OK;
