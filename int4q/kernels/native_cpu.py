@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 DECODE_MAX_M = 8
-"""Rows of ``x`` up to which weights stay in 4 bits; above, bf16 tiles (AMX)."""
+"""Rows of ``x`` that the decode kernel takes; above, weights go through bf16 tiles (AMX)."""
+TILES_MIN_M = 5
+"""Rows of a bfloat16 ``x`` from which the tiles are faster, where the CPU has them."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VNNI, _AMX = 1, 2
@@ -100,10 +102,10 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W[n, k] = q[n, k] * scale[g, n] + zero_point[g, n]``.
 
-    Up to ``DECODE_MAX_M`` rows the weights stay integers and ``x`` becomes 16-bit (float32: 24-bit)
-    fixed point in blocks of eight; above, weights are rounded once to bfloat16. Both sum in
-    float32, add the bias there and round once. A NaN or Inf in ``x`` makes its row NaN where
-    the fixed point is used.
+    Two kernels. For few rows (``DECODE_MAX_M``) the weights stay integers and ``x`` becomes 16-bit
+    (float32: 24-bit) fixed point in blocks of eight; a NaN or Inf in ``x`` makes its row NaN.
+    For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``) weights are rounded once to
+    bfloat16. Both sum in float32, add the bias there and round once.
 
     Args:
         x: ``[M, K]``; any strides.
@@ -130,9 +132,15 @@ def linear(
         x = x.contiguous()
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
-    _call("int4q_decode" if M <= DECODE_MAX_M else "int4q_gemm",
-          x, qdata, scale, zero_point, bias, out, M, K, group_size)
+    name = "int4q_gemm" if _uses_tiles(M, x.dtype) else "int4q_decode"
+    _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size)
     return out
+
+
+def _uses_tiles(M: int, x_dtype: torch.dtype) -> bool:
+    if M > DECODE_MAX_M:
+        return True
+    return M >= TILES_MIN_M and x_dtype == torch.bfloat16 and bool(_features() & _AMX)
 
 
 def dequantize(
@@ -163,15 +171,18 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: 
     if qdata.dtype != torch.int8:
         raise TypeError(f"qdata must be int8 (two signed nibbles a byte), got {qdata.dtype}")
     if qdata.stride(1) != 1:
-        raise ValueError("qdata must be contiguous along K, got strides "
-                         f"{qdata.stride()}. Call .contiguous() on it")
+        raise ValueError(
+            f"qdata must be contiguous along K, got strides {qdata.stride()}. "
+            "Call .contiguous() on it"
+        )
     if zero_point.dtype != scale.dtype:
         raise TypeError(f"zero_point must have scale's dtype {scale.dtype}, got {zero_point.dtype}")
     expected = (2 * qdata.shape[1] // group_size, qdata.shape[0])
     for name, t in (("scale", scale), ("zero_point", zero_point)):
         if t.shape != expected:
-            raise ValueError(f"{name} must have shape [n_groups, N] = {list(expected)}, "
-                             f"got {list(t.shape)}")
+            raise ValueError(
+                f"{name} must have shape [n_groups, N] = {list(expected)}, got {list(t.shape)}"
+            )
 
 
 def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size) -> None:

@@ -331,7 +331,7 @@ static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_
  * register of weights. Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of
  * a unit. Zero points: [G][16 rows]. They are converted for several blocks at a time, because the
  * entries of another g may lie in another page. */
-enum { MAX_BLOCKS = 4 };
+enum { MAX_BLOCKS = 16 };
 
 typedef struct {
     int64_t scale_size, zero_size; /* floats of a block */
@@ -761,10 +761,10 @@ INLINE TARGET_VNNI void transpose16(__m512i r[16]) {
 
 /* 128 k of a row of x, in the order of the steps. */
 INLINE TARGET_VNNI void order_row(const uint16_t *x, int64_t valid, __m512i step[UNIT_STEPS]) {
-    const __m512i pairs = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i fours =
+        _mm512_set_epi32(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
     const __m512i evens = _mm512_or_si512( /* words 0, 2, .. 62 of two registers */
-        _mm512_slli_epi32(_mm512_add_epi32(pairs, pairs), 0),
-        _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(pairs, pairs), _mm512_set1_epi32(2)), 16));
+        fours, _mm512_slli_epi32(_mm512_add_epi32(fours, _mm512_set1_epi32(2)), 16));
     const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
     __m512i part[4]; /* 32 k each; past K: 0 */
     for (int i = 0; i < 4; i++)
@@ -845,8 +845,10 @@ INLINE TARGET_AMX void byte_tables(const panel_params *p, int row, const int qua
         const __m512i groups23 = _mm512_add_epi32(groups01, _mm512_set1_epi32(2));
         const __m512 s = _mm512_castps128_ps512(_mm_load_ps(p->scale[half] + row_slot(r) * 4));
         const __m512 z = _mm512_castps128_ps512(_mm_load_ps(p->zero[half] + row_slot(r) * 4));
-        const __m512 s01 = _mm512_permutexvar_ps(groups01, s), z01 = _mm512_permutexvar_ps(groups01, z);
-        const __m512 s23 = _mm512_permutexvar_ps(groups23, s), z23 = _mm512_permutexvar_ps(groups23, z);
+        const __m512 s01 = _mm512_permutexvar_ps(groups01, s);
+        const __m512 z01 = _mm512_permutexvar_ps(groups01, z);
+        const __m512 s23 = _mm512_permutexvar_ps(groups23, s);
+        const __m512 z23 = _mm512_permutexvar_ps(groups23, z);
         first = (__m512i)_mm512_cvtne2ps_pbh(half_tables(s23, z23, 0), half_tables(s01, z01, 0));
         last = (__m512i)_mm512_cvtne2ps_pbh(half_tables(s23, z23, 1), half_tables(s01, z01, 1));
     } else {
@@ -1034,8 +1036,9 @@ INLINE TARGET_AMX void panel_block(const int4q_args *a, const packed_x *p, range
             }
         }
     }
-    for (int64_t i = panels.begin; i < panels.end; i++)
-        for (int64_t j = 0; j < pairs; j++)
+    /* Panel by panel within a row of out: the next row is in another page. */
+    for (int64_t j = 0; j < pairs; j++)
+        for (int64_t i = panels.begin; i < panels.end; i++)
             write_sums(a, p, i * PANEL, 2 * j, sums + ((i - panels.begin) * pairs + j) * 1024);
 }
 
