@@ -50,10 +50,13 @@ def _triton_kernel(name: str, module: str, function: str, check: str = "unsuppor
 def _decode_unsupported(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on cuda, not {problem.device}"
+    kernels = _module("cuda_decode")
     shape = problem.M, problem.N, problem.K, problem.group_size
-    return _module("cuda_decode").unsupported(
-        *shape, problem.dtype, problem.scale_dtype, problem.capability
-    )
+    facts = problem.dtype, problem.scale_dtype, problem.capability
+    if reason := kernels.unsupported(*shape, *facts):
+        return reason
+    # Without any GPU the table still says what would run on one.
+    return kernels.unavailable() if torch.cuda.is_available() else None
 
 
 def grad_input(
