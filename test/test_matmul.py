@@ -18,7 +18,7 @@ FLOATS = list(TOLERANCE)
 
 
 # On a GPU up to 16 rows of float32 become 16-bit fixed point in blocks of 128, and more rows go
-# through tensor cores in TF32-like precision: the contract is 1e-4 for the first.
+# through tensor cores as three TF32 products each; 1e-4 is the contract for the first.
 GPU_FLOAT32 = 1e-4
 
 
