@@ -1,0 +1,338 @@
+"""The Hopper (sm_90) W4A16 GEMM: weights go from shared memory through registers into wgmma.
+
+``out^T = W @ x^T``: rows are N, columns are M padded to BLOCK_M, so the unpacked weights are the
+register operand of the matrix instruction and never touch shared memory again. TMA fills a ring
+of stages, each one block of K; the next fragment is unpacked while earlier ones multiply.
+
+The work is one list of steps, tile after tile (stream-K): every program takes an equal share of
+consecutive steps, so a tile count that is no multiple of the multiprocessors leaves none idle.
+A tile that several programs share is added up by the one that finishes last, always in the same
+order: results repeat bit for bit, no program waits for another, and no second kernel runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from int4q.kernels import tuned
+from int4q.kernels.gluon_tile import (
+    can_stage,
+    copy_groups,
+    descriptor,
+    finish_tile,
+    fits_tma,
+    group_layout,
+    next_step,
+    share_tile,
+    spread_layout,
+    spread_operand,
+)
+from int4q.kernels.triton_arrange import arrange_activation
+from int4q.kernels.triton_common import (
+    INTERPRET,
+    as_words,
+    group_of_step,
+    load_groups,
+    matched_groups,
+    scaled,
+    tile_of,
+    unpack_slot,
+    unsupported_anywhere,
+    wait_for_producer,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def unsupported(problem) -> str | None:
+    """Why this kernel cannot (or should not) run ``problem``; ``None`` where it can."""
+    reason = unsupported_anywhere(problem)
+    if reason is not None:
+        return reason
+    if INTERPRET:
+        return "the interpreter runs no Gluon kernels"
+    if problem.capability is None or problem.capability[0] != 9:
+        return f"needs compute capability 9.x (wgmma), this device has {problem.capability}"
+    if problem.dtype not in HALVES:
+        return f"activation dtype must be bfloat16 or float16, not {problem.dtype}"
+    if problem.M < tuned.GLUON_FROM_M:
+        return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
+    if problem.M >= tuned.DEQUANTIZE_FROM_M:
+        return f"M={problem.M}: dequantise + cuBLAS is faster from M={tuned.DEQUANTIZE_FROM_M}"
+    return None
+
+
+# --- the kernel -------------------------------------------------------------------------------
+
+
+copy_box = tma.async_copy_global_to_shared
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _stream_kernel(
+    words_desc,  # int16 [N, K/4] in boxes [BLOCK_N, BLOCK_J]
+    arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
+    scale_ptr,  # [n_groups, N] by strides
+    zero_ptr,  # [n_groups, N] by strides, or unused
+    bias_ptr,  # [N] or unused
+    out_ptr,  # [M, N] contiguous
+    partial_ptr,  # float32 [2 * programs, BLOCK_N, BLOCK_M], or unused
+    counter_ptr,  # int32 [tiles], zeroed, or unused
+    M, N, K, n_groups, stride_sg, stride_sn, stride_zg, stride_zn,
+    GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
+    HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
+    STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
+    SPREAD: gl.constexpr, GROUP: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = words_desc.block_type.shape[0]
+    BLOCK_J: gl.constexpr = words_desc.block_type.shape[1]
+    BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
+    DTYPE: gl.constexpr = arranged_desc.dtype
+    GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
+    WIDTH: gl.constexpr = BLOCK_J // GROUPS
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
+    steps = gl.cdiv(K, BLOCK_J * 4)
+    tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    # Whole tiles pid, pid + programs, ... while they go round evenly; then an equal share of the
+    # steps of the rest.
+    rounds = tiles_m * tiles_n // programs
+    whole = rounds * programs
+    base = (tiles_m * tiles_n - whole) * steps // programs
+    extra = (tiles_m * tiles_n - whole) * steps % programs
+    begin = pid * base + gl.minimum(pid, extra)
+    end = begin + base + (pid < extra).to(gl.int32)
+    total = rounds * steps + end - begin
+    rest_tile = whole + begin // steps
+    rest_step = begin % steps
+    first_tile = gl.where(rounds > 0, pid, rest_tile)
+    first_step = gl.where(rounds > 0, 0, rest_step)
+
+    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, BLOCK_J], words_desc.layout)
+    x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4, BLOCK_M, BLOCK_J], arranged_desc.layout)
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
+    if STAGED_SCALES:
+        ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        SDT: gl.constexpr = scale_ptr.dtype.element_ty
+        scale_smem = gl.allocate_shared_memory(SDT, [STAGES, GROUPS, BLOCK_N], ROWS)
+        zero_smem = scale_smem
+        if HAS_ZERO:
+            zero_smem = gl.allocate_shared_memory(SDT, [STAGES, GROUPS, BLOCK_N], ROWS)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    gdc_launch_dependents()
+
+    # Fill the ring: weights first, since only the activation depends on the kernel before.
+    tile = first_tile
+    step = first_step
+    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    for i in gl.static_range(STAGES - 1):
+        live = i < total
+        mbarrier.expect(ready.index(i), BYTES, pred=live)
+        place = [tile_n * BLOCK_N, step * BLOCK_J]
+        copy_box(words_desc, place, ready.index(i), words_smem.index(i), pred=live)
+        if STAGED_SCALES:
+            group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
+            row0 = tile_n * BLOCK_N
+            copy_groups(
+                scale_smem.index(i), scale_ptr, row0, group0, live, n_groups, N, stride_sg,
+                num_warps,
+            )  # fmt: skip
+            if HAS_ZERO:
+                copy_groups(
+                    zero_smem.index(i), zero_ptr, row0, group0, live, n_groups, N, stride_zg,
+                    num_warps,
+                )  # fmt: skip
+            async_copy.commit_group()
+        step, tile, tile_m, tile_n = next_step(
+            step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
+            GROUP_M,
+        )  # fmt: skip
+    wait_for_producer(True)
+    tile = first_tile
+    step = first_step
+    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    for i in gl.static_range(STAGES - 1):
+        place = [0, tile_m * BLOCK_M, step * BLOCK_J]
+        copy_box(arranged_desc, place, ready.index(i), x_smem.index(i), pred=i < total)
+        step, tile, tile_m, tile_n = next_step(
+            step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
+            GROUP_M,
+        )  # fmt: skip
+    if STAGED_SCALES:
+        async_copy.wait_group(STAGES - 2)
+        gl.thread_barrier()
+
+    count = 0  # steps done; the copies run STAGES - 1 ahead, at (step, tile, tile_m, tile_n)
+    shared = gl.where(end > begin, (end - 1) // steps - begin // steps + 1, 0)
+    for index in range(rounds + shared):
+        work = pid + index * programs
+        low = 0
+        high = steps
+        if index >= rounds:
+            work = rest_tile + index - rounds
+            low = gl.maximum(begin - (work - whole) * steps, 0)
+            high = gl.minimum(end - (work - whole) * steps, steps)
+        work_m, work_n = tile_of(work, tiles_m, tiles_n, GROUP_M)
+        rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
+        lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
+        if not STAGED_SCALES:
+            group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
+            next_scale = load_groups(scale_ptr, rows, group, n_groups, N, stride_sg, stride_sn)
+            next_zero = next_scale
+            if HAS_ZERO:
+                next_zero = load_groups(zero_ptr, rows, group, n_groups, N, stride_zg, stride_zn)
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
+        for now in range(low, high):
+            slot = count % STAGES
+            mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
+            words = words_smem.index(slot).load(OPERAND)
+            x = x_smem.index(slot)._reinterpret(DTYPE, [4, BLOCK_M, BLOCK_J], FLAT)
+            if STAGED_SCALES:
+                scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+                zero = scale
+                if HAS_ZERO:
+                    zero = zero_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+            else:
+                scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
+                zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
+                group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
+                next_scale = load_groups(scale_ptr, rows, group, n_groups, N, stride_sg, stride_sn)
+                next_zero = next_scale
+                if HAS_ZERO:
+                    next_zero = load_groups(
+                        zero_ptr, rows, group, n_groups, N, stride_zg, stride_zn
+                    )
+            scale = spread_operand(scale, WIDTH, OPERAND)
+            zero = spread_operand(zero, WIDTH, OPERAND)
+            for i in gl.static_range(4):
+                # The words are a dependency too: without it the next fragment may be unpacked into
+                # registers that a multiply in flight still reads.
+                acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
+                q = unpack_slot(words, i, SIGNED, DTYPE, True)
+                weight = scaled(q, scale, zero, HAS_ZERO, True)
+                acc = warpgroup_mma(weight, x.index(i).permute([1, 0]), acc, is_async=True)
+            if STAGED_SCALES:
+                async_copy.wait_group(STAGES - 3)
+            gl.thread_barrier()  # all warps are done with the stage before this one: refill it
+            free = (count + STAGES - 1) % STAGES
+            live = count + STAGES - 1 < total
+            mbarrier.expect(ready.index(free), BYTES, pred=live)
+            place = [tile_n * BLOCK_N, step * BLOCK_J]
+            copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
+            place = [0, tile_m * BLOCK_M, step * BLOCK_J]
+            copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
+            if STAGED_SCALES:
+                group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
+                copy_groups(
+                    scale_smem.index(free), scale_ptr, tile_n * BLOCK_N, group0, live, n_groups, N,
+                    stride_sg, num_warps,
+                )  # fmt: skip
+                if HAS_ZERO:
+                    copy_groups(
+                        zero_smem.index(free), zero_ptr, tile_n * BLOCK_N, group0, live, n_groups,
+                        N, stride_zg, num_warps,
+                    )  # fmt: skip
+                async_copy.commit_group()
+            step, tile, tile_m, tile_n = next_step(
+                step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
+                GROUP_M,
+            )  # fmt: skip
+            count += 1
+        result = warpgroup_mma_wait(0, deps=(acc,))
+        row0 = work_n * BLOCK_N
+        col0 = work_m * BLOCK_M
+        if STREAM:
+            if (low == 0) & (high == steps):
+                finish_tile(result, row0, col0, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps)
+            else:
+                share_tile(
+                    result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
+                    counter_ptr, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps,
+                )  # fmt: skip
+        else:
+            finish_tile(result, row0, col0, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps)
+
+
+# --- calls ------------------------------------------------------------------------------------
+
+
+def _matmul(
+    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
+) -> Tensor:
+    M, N, K = x.shape[0], packed.shape[0], x.shape[1]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    words = as_words(packed)
+    if not fits_tma(words):
+        words = words.clone(memory_format=torch.contiguous_format)
+    scale, zero = matched_groups(scale, zero_point)
+    staged = can_stage(scale, zero, N)
+    light = staged and group_size >= 128
+    config = config or tuned.stream_config(M, N, K, light, x.device)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    programs, partial, counters = tiles, out, None
+    if config.programs:
+        steps = tiles * triton.cdiv(K, config.block_k)
+        programs = min(config.programs, max(1, steps // config.min_steps))
+        partial = torch.empty(
+            (2 * programs, config.block_n, config.block_m), dtype=torch.float32, device=x.device
+        )
+        counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
+    arranged = arrange_activation(x, act_pre_scale, counters, pdl=True)
+    block_j = config.block_k // 4
+    groups = max(1, config.block_k // group_size)
+    staged = staged and config.stage_scales and config.num_stages > 2
+    _stream_kernel[(programs,)](
+        descriptor(words, [config.block_n, block_j]),
+        descriptor(arranged, [4, config.block_m, block_j]),
+        scale, zero, out if bias is None else bias.contiguous(), out, partial,
+        out if counters is None else counters,
+        M, N, K, K // group_size, *scale.stride(), *zero.stride(),
+        GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
+        HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
+        STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
+        SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
+        GROUP=group_layout(config.block_n, config.num_warps, groups),
+        num_warps=config.num_warps, launch_pdl=True, maxnreg=config.max_registers,
+    )  # fmt: skip
+    return out
+
+
+def int4_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """``x @ W.T`` with weights rounded to the dtype of x; see ``triton_matmul.int4_matmul``."""
+    return _matmul(x, w_packed, w_scale.mT, None, group_size, None, None, signed=False)
+
+
+def int4_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+) -> Tensor:
+    """``(x * act_pre_scale) @ W.T + bias``; see ``triton_matmul.int4_linear``."""
+    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)

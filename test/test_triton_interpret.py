@@ -1,0 +1,203 @@
+"""The plain-Triton kernels on a CPU, under Triton's interpreter.
+
+The interpreter is chosen when Triton is first imported, so outside of it this file runs itself in
+a process of its own. The interpreter has no inline assembly; the values it checks are those of
+the branches written for it, the indexing, masks and epilogues are the ones that run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_under_the_interpreter():
+        pytest.importorskip("triton")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+else:
+    from dataclasses import dataclass
+    from types import SimpleNamespace
+
+    from int4q.kernels import triton_dequant, triton_matmul, triton_matvec, tuned
+
+    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+    # Output rounding (half a unit in the last place) plus the order of float32 additions.
+    TOLERANCE = {BF16: 2**-8, FP16: 2**-11, FP32: 2e-6}
+
+    @dataclass(frozen=True)
+    class Case:
+        M: int
+        N: int
+        K: int
+        group_size: int
+        dtype: torch.dtype = BF16
+        scale_dtype: torch.dtype | None = None
+        why: str = ""
+
+        def __str__(self):
+            return f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{str(self.dtype)[6:]}-{self.why}"
+
+    CASES = [
+        Case(5, 70, 160, 32, why="K tail, N no power of two"),
+        Case(17, 130, 320, 64, FP16, why="two tiles of M and of N"),
+        Case(3, 16, 512, 256, why="group wider than a K tile"),
+        Case(40, 40, 384, 128, why="K split, last arrival adds"),
+        Case(2, 33, 192, 32, FP32, why="float32"),
+        Case(4, 24, 128, 64, BF16, FP32, why="float32 scales, bf16 activations"),
+        Case(4, 24, 128, 64, FP16, BF16, why="scale dtype differs"),
+        Case(1, 96, 320, 64, why="one row"),
+    ]
+
+    def parts(case, seed=0):
+        """x, qdata, scale, zero_point, with both end values of a nibble in both places."""
+        g = torch.Generator().manual_seed(seed)
+        dtype = case.scale_dtype or case.dtype
+        n_groups = case.K // case.group_size
+        qdata = torch.randint(-128, 128, (case.N, case.K // 2), dtype=torch.int8, generator=g)
+        ends = torch.tensor([0x87, 0x78, 0x88, 0x77], dtype=torch.uint8).view(torch.int8)
+        qdata[:, :4] = ends
+        qdata[-1, -4:] = ends
+        scale = (torch.rand(n_groups, case.N, generator=g) + 0.1).to(dtype)
+        zero = torch.randn(n_groups, case.N, generator=g).to(dtype)
+        x = torch.randn(case.M, case.K, generator=g).to(case.dtype)
+        return x, qdata, scale, zero
+
+    def weight(qdata, scale, zero, group_size):
+        """float32 ``[N, K]``, by broadcasting over the groups."""
+        low, high = (qdata << 4) >> 4, qdata >> 4
+        q = torch.stack([low, high], dim=-1).flatten(1).float().unflatten(1, (-1, group_size))
+        value = q * scale.float().t().unsqueeze(-1)
+        if zero is not None:
+            value = value + zero.float().t().unsqueeze(-1)
+        return value.flatten(1)
+
+    def offset_binary(qdata):
+        return qdata ^ torch.tensor(-0x78, dtype=torch.int8)
+
+    def check(y, expected, dtype):
+        assert y.dtype == dtype
+        error = (y.double() - expected).abs()
+        bound = TOLERANCE[dtype] * (expected.abs() + expected.abs().mean())
+        assert (error <= bound).all(), (error / bound).max()
+
+    @pytest.fixture(autouse=True)
+    def poisoned(monkeypatch):
+        """Fill fresh floating outputs with NaN: an element that no program writes fails."""
+        empty = torch.empty
+
+        def poison(*args, **kwargs):
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(77)
+
+        monkeypatch.setattr(torch, "empty", poison)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_linear(case):
+        x, qdata, scale, zero = parts(case)
+        bias = torch.randn(case.N).to(case.dtype)
+        y = triton_matmul.int4_linear(x, qdata, scale, zero, case.group_size, bias)
+        w = weight(qdata, scale, zero, case.group_size)
+        if case.M > 1:  # one row keeps float32 weights
+            w = w.to(case.dtype)
+        check(y, x.double() @ w.double().t() + bias.double(), case.dtype)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_matmul(case):
+        x, qdata, scale, _ = parts(case)
+        w = weight(qdata, scale, None, case.group_size).to(case.dtype)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        y = triton_matmul.int4_matmul(x, packed, by_row, case.group_size)
+        check(y, x.double() @ w.double().t(), case.dtype)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_matvec(case):
+        x, qdata, scale, _ = parts(case)
+        w = weight(qdata, scale, None, case.group_size)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        y = triton_matvec.int4_matvec(x[:1], packed, by_row, case.group_size)
+        check(y, x[:1].double() @ w.double().t(), case.dtype)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_dequantize(case):
+        _, qdata, scale, zero = parts(case)
+        expected = weight(qdata, scale, zero, case.group_size)
+        for dtype in (BF16, FP16, FP32):
+            w = triton_dequant.dequantize(qdata, scale, zero, case.group_size, dtype)
+            assert torch.equal(w, expected.to(dtype))
+        symmetric = weight(qdata, scale, None, case.group_size).to(BF16)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        assert torch.equal(
+            triton_dequant.dequant_w4_to_bf16(packed, by_row, case.group_size), symmetric
+        )
+
+    def test_any_strides():
+        """Strided and transposed x, rows and groups cut from a weight, scales [N, groups]."""
+        case = Case(6, 64, 256, 64)
+        x, qdata, scale, zero = parts(case)
+        w = weight(qdata, scale, zero, 64).to(BF16)[16:48]
+        coalesced = [t.t().contiguous().t()[:, 16:48] for t in (scale, zero)]
+        for view in (torch.stack([x, x], 1)[:, 0], x.t().contiguous().t()):
+            y = triton_matmul.int4_linear(view, qdata[16:48], *coalesced, 64)
+            check(y, x.double() @ w.double().t(), BF16)
+        # Columns: whole groups cut out of a wider weight.
+        inner = qdata[:, 32:96]
+        y = triton_matmul.int4_linear(x[:, 64:192], inner, scale[1:3], zero[1:3], 64)
+        w = weight(qdata, scale, zero, 64).to(BF16)[:, 64:192]
+        check(y, x[:, 64:192].double() @ w.double().t(), BF16)
+
+    def test_activation_scale():
+        """``act_pre_scale`` multiplies x, rounded to the dtype of x, for one row and for many."""
+        case = Case(4, 32, 128, 32)
+        x, qdata, scale, zero = parts(case)
+        factor = (torch.rand(case.K) + 0.5).to(BF16)
+        w = weight(qdata, scale, zero, 32)
+        for rows, used in ((4, w.to(BF16)), (1, w)):
+            y = triton_matmul.int4_linear(
+                x[:rows], qdata, scale, zero, 32, None, act_pre_scale=factor
+            )
+            check(y, (x[:rows] * factor).double() @ used.double().t(), BF16)
+
+    def test_slices_of_the_dequantised_weight(monkeypatch):
+        """Dequantise + cuBLAS in slices: bounded memory, bias and all columns right."""
+        monkeypatch.setattr(triton_dequant, "SLICE_BYTES", 300 * 128 * 2)
+        case = Case(9, 600, 128, 32)
+        x, qdata, scale, zero = parts(case)
+        bias = torch.randn(case.N).to(BF16)
+        y = triton_dequant.linear(x, qdata, scale, zero, 32, bias)
+        w = weight(qdata, scale, zero, 32).to(BF16)
+        check(y, x.double() @ w.double().t() + bias.double(), BF16)
+
+    @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0, 0)])
+    def test_empty(shape):
+        M, N = shape
+        x, qdata, scale, zero = parts(Case(max(M, 1), max(N, 1), 64, 32))
+        x, qdata, scale, zero = x[:M], qdata[:N], scale[:, :N], zero[:, :N]
+        assert triton_matmul.int4_linear(x, qdata, scale, zero, 32).shape == shape
+        assert triton_dequant.linear(x, qdata, scale, zero, 32).shape == shape
+        assert triton_dequant.dequantize(qdata, scale, zero, 32, BF16).shape == (N, 64)
+
+    def test_reasons():
+        """Why a kernel refuses is said; under the interpreter the CPU is accepted."""
+        problem = SimpleNamespace(
+            op="int4_linear", device="cpu", dtype=BF16, scale_dtype=BF16, M=4, N=8, K=64,
+            group_size=32, capability=None,
+        )  # fmt: skip
+        assert triton_matmul.unsupported(problem) is None
+        assert "one row" in triton_matvec.unsupported(problem)
+        assert f"M={tuned.DEQUANTIZE_FROM_M}" in triton_dequant.unsupported_linear(problem)
+        problem.K = 80
+        assert "multiple of group_size" in triton_matmul.unsupported(problem)
