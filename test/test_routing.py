@@ -143,6 +143,11 @@ H200 = dict(device="cuda", capability=(9, 0))
 ROUTES = [  # M, what changes, the kernel of a plain weight's F.linear on an H200
     (1, {}, "cuda_decode"),
     (8, {}, "cuda_decode"),
+    (16, {}, "cuda_decode"),
+    (16, dict(N=28672), "gluon_matmul"),
+    (16, dict(group_size=32), "gluon_matmul"),
+    (16, dict(group_size=32, capability=(8, 0)), "cuda_decode"),
+    (64, dict(N=512, K=2048), "triton_dequantize_cublas"),
     (64, {}, "gluon_matmul"),
     (4096, {}, "triton_dequantize_cublas"),
     (64, dict(dtype=torch.float32), "triton_matmul"),

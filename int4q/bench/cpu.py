@@ -71,7 +71,9 @@ def linear_row(M: int, N: int, K: int, group_size: int) -> dict:
         "speedup": {n: milliseconds["bf16"] / milliseconds[n] for n in layouts},
         "kernel": {
             "plain": _kernel("int4_linear", M, N, K, group_size),
-            "cpu_packed": _kernel("int4_cpu_packed_linear", M, N, K, group_size),
+            "cpu_packed": _kernel(
+                "int4_linear" if layouts["cpu_packed"].packing == "rows" else
+                "int4_cpu_packed_linear", M, N, K, group_size),
         },
     }  # fmt: skip
 

@@ -55,6 +55,10 @@ def _decode_unsupported(problem: Problem) -> str | None:
     facts = problem.dtype, problem.scale_dtype, problem.capability
     if reason := kernels.unsupported(*shape, *facts):
         return reason
+    if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
+        # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
+        if problem.group_size < 128 or (problem.M > 12 and problem.N > 8192):
+            return f"M={problem.M}: the wgmma kernel is faster for this shape"
     # Without any GPU the table still says what would run on one.
     return kernels.unavailable() if torch.cuda.is_available() else None
 

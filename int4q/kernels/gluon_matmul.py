@@ -71,8 +71,8 @@ def unsupported(problem) -> str | None:
         return f"activation dtype must be bfloat16 or float16, not {problem.dtype}"
     if problem.M < tuned.GLUON_FROM_M:
         return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
-    if problem.M >= tuned.DEQUANTIZE_FROM_M:
-        return f"M={problem.M}: dequantise + cuBLAS is faster from M={tuned.DEQUANTIZE_FROM_M}"
+    if tuned.dequantizes(problem.M, problem.N, problem.K):
+        return f"M={problem.M}: dequantise + cuBLAS is faster for this shape"
     return None
 
 

@@ -36,7 +36,7 @@ def unsupported(problem) -> str | None:
 def unsupported_linear(problem) -> str | None:
     """Why dequantise + cuBLAS is not the way for ``problem``; ``None`` where it is."""
     reason = unsupported_anywhere(problem)
-    if reason is None and problem.M < tuned.DEQUANTIZE_FROM_M:
+    if reason is None and not tuned.dequantizes(problem.M, problem.N, problem.K):
         reason = f"M={problem.M}: a fused kernel is faster below M={tuned.DEQUANTIZE_FROM_M}"
     return reason
 

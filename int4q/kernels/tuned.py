@@ -13,6 +13,14 @@ import torch
 
 DEQUANTIZE_FROM_M = 2048
 """From this M on, dequantising the weight and calling cuBLAS beats every fused kernel."""
+SMALL_WEIGHT = 1 << 21
+"""A weight of at most this many elements is dequantised in some 2 us: less than a fused kernel's
+preparation of the activations costs beyond the decode kernels' rows."""
+
+
+def dequantizes(M: int, N: int, K: int) -> bool:
+    """Whether dequantising and calling cuBLAS is the way for this shape."""
+    return M >= DEQUANTIZE_FROM_M or (M > 16 and N * K <= SMALL_WEIGHT)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
 
     Tensor data, by ``packing``:
         ``"rows"`` (int4q's compiled kernel): ``qdata`` int8 ``[N, K/2]``, the plain bytes;
-            ``scale_and_zero`` ``[N, n_groups, 2]``, a row's scales and zero points side by side.
+            ``scale_and_zero`` ``[n_groups, 2, N]``, a group's scales, then its zero points.
         ``"aten"`` (torch's int4 kernel): ``qdata`` uint8 ``[N, K/2]`` in the order of
             ``aten._convert_weight_to_int4pack_for_cpu``, which depends on the processor's vector
             unit; ``scale_and_zero`` ``[n_groups, N, 2]``; N a multiple of 16.
@@ -76,7 +76,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         cls._check_shape(shape, block_size, packing)
         (N, K), n_groups = shape, shape[1] // block_size[1]
         dtype = torch.int8 if packing == "rows" else torch.uint8
-        scales = (N, n_groups, 2) if packing == "rows" else (n_groups, N, 2)
+        scales = (n_groups, 2, N) if packing == "rows" else (n_groups, N, 2)
         for name, t, dtypes, expected in (
             ("qdata", qdata, (dtype,), (N, K // 2)),
             ("scale_and_zero", scale_and_zero, SCALE_DTYPES, scales),
@@ -138,7 +138,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         cls._check_shape(t.shape, t.block_size, packing)
         if packing == "rows":
             qdata = t.qdata
-            scale_and_zero = aten_packed.scale_and_zero(t.scale.mT, t.zero_point.mT, t.dtype)
+            scale_and_zero = torch.stack([t.scale, t.zero_point], dim=1)
         else:
             pack = torch.empty_like if t.qdata.is_meta else aten_packed.pack
             qdata = pack(t.qdata).view(torch.uint8)
@@ -158,9 +158,9 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         )
 
     def _weight_parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        scale, zero_point = self.scale_and_zero.unbind(-1)
         if self.packing == "rows":
-            return self.qdata, scale.mT, zero_point.mT
+            return self.qdata, *self.scale_and_zero.unbind(1)
+        scale, zero_point = self.scale_and_zero.unbind(-1)
         return torch.ops.int4q.int4_cpu_unpack(self.qdata), scale, zero_point
 
     def _in_my_layout(self, other: Int4TensorBase) -> Int4TensorBase:
