@@ -146,6 +146,7 @@ ROUTES = [  # M, what changes, the kernel of a plain weight's F.linear on an H20
     (16, {}, "cuda_decode"),
     (16, dict(N=28672), "gluon_matmul"),
     (16, dict(group_size=32), "gluon_matmul"),
+    (16, dict(group_size=32, N=512, K=2048), "cuda_decode"),
     (16, dict(group_size=32, capability=(8, 0)), "cuda_decode"),
     (64, dict(N=512, K=2048), "triton_dequantize_cublas"),
     (64, {}, "gluon_matmul"),

@@ -1,7 +1,8 @@
 """CPU: time of a linear layer in every layout against ``F.linear``, and what quantising costs.
 
-Every figure is the median over at least ``SECONDS`` of calls, taken in turns with the others so
-that a change in the machine's speed meets them all; a result is checked before it is timed.
+Every figure is the median over at least ``SECONDS`` of calls. The contenders take turns of
+``ROUND`` calls, so that a change in the machine's speed meets them all while each runs as it does
+in a model: after itself. A result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -28,21 +29,23 @@ SHAPES = [(4096, 4096), (8192, 2048)]  # N, K
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048]
 GROUPS = [128, 32]
 SECONDS = 1.0
+ROUND = 10
 # bf16 weights and activations, float32 sums: both sides round the output to bf16.
 TOLERANCE = 1e-2
 
 
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call, measured in turns."""
+    """Median milliseconds of each call, measured in turns of ``ROUND``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     end = time.perf_counter() + SECONDS * len(calls)
     while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            for _ in range(ROUND):
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
     return {name: median(values) for name, values in times.items()}
 
 

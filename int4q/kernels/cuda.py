@@ -17,6 +17,8 @@ from int4q.kernels.registry import Kernel, KernelPreference, Problem
 
 _SLICE_BYTES = 64 << 20
 """Most memory for dequantised weights at a time in the gradient."""
+_SMALL_WEIGHT = 1 << 21
+"""Elements up to which the decode kernels win to M = 16 at every group size."""
 
 
 def _module(name: str) -> ModuleType:
@@ -57,7 +59,8 @@ def _decode_unsupported(problem: Problem) -> str | None:
         return reason
     if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
         # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
-        if problem.group_size < 128 or (problem.M > 12 and problem.N > 8192):
+        small = problem.N * problem.K <= _SMALL_WEIGHT
+        if (problem.group_size < 128 and not small) or (problem.M > 12 and problem.N > 8192):
             return f"M={problem.M}: the wgmma kernel is faster for this shape"
     # Without any GPU the table still says what would run on one.
     return kernels.unavailable() if torch.cuda.is_available() else None
