@@ -88,6 +88,12 @@ def grad_input(
 decode = Kernel(
     "cuda_decode", KernelPreference.CUDA, _decode_unsupported, _lazy("cuda_decode", "linear")
 )
+symmetric_decode = Kernel(
+    "cuda_decode",
+    KernelPreference.CUDA,
+    _decode_unsupported,
+    _lazy("cuda_decode", "symmetric_linear"),
+)
 decode_int8 = Kernel(
     "cuda_decode_w4a8",
     KernelPreference.CUDA,

@@ -174,6 +174,19 @@ def linear(
     return _linear(parts, group_size, activation, None)
 
 
+def symmetric_linear(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """x ``[M, K]`` times the transpose of a symmetric weight, ``value = (u - 8) * scale``.
+
+    Args:
+        x: as in :func:`linear`.
+        w_packed: int8 ``[N, K/2]``, offset-binary nibbles ``u``, the even one low.
+        w_scale: ``[N, n_groups]``.
+    """
+    scale = w_scale.mT
+    parts = (x, w_packed, scale, scale, None, None)
+    return _linear(parts, group_size, torch.bfloat16, None, True)
+
+
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _plans: dict[tuple, "_Plan"] = {}
 
@@ -183,6 +196,7 @@ def _linear(
     group_size: int,
     activation: torch.dtype,
     config: Config | MatvecConfig | None,
+    symmetric: bool = False,
 ) -> Tensor:
     """``linear``, with the choice of a configuration. Everything that depends on shapes, strides,
     dtypes and alignment only is looked up: a call is a dictionary lookup and one or two launches.
@@ -215,16 +229,19 @@ def _linear(
         (pointers[1] | pointers[2]) & 15,
         pointers[3] & 15,
         config,
+        symmetric,
     )
     plan = _plans.get(key)
     if plan is not None:
         return plan(pointers)
     _check(parts, group_size, activation)
     fitted = _fit(parts)
+    if symmetric:  # scale stands in for the zero points, wherever it lies
+        fitted = (*fitted[:3], fitted[2], *fitted[4:])
     if any(ours is not theirs for ours, theirs in zip(fitted, parts, strict=True)):
-        out = _linear(fitted, group_size, activation, config)
+        out = _linear(fitted, group_size, activation, config, symmetric)
         return out.view(*x.shape[:-1], qdata.shape[0])
-    plan = _plans[key] = _Plan(parts, group_size, activation, config)
+    plan = _plans[key] = _Plan(parts, group_size, activation, config, symmetric)
     return plan(pointers)
 
 
@@ -388,7 +405,7 @@ _FIXED = struct.Struct("=4q10i")
 class _Plan:
     """What calls of one kind share: compiled kernels, grids, the parameter block."""
 
-    def __init__(self, parts: _Parts, group_size: int, activation: torch.dtype, config):
+    def __init__(self, parts: _Parts, group_size: int, activation: torch.dtype, config, symmetric):
         x, qdata, scale, zero_point, bias, pre_scale = parts
         (M, K), N = x.shape, qdata.shape[0]
         self.device, self.dtype, self.shape = x.device, x.dtype, (M, N)
@@ -409,6 +426,7 @@ class _Plan:
             "X_TYPE": _TYPE_CODES[x.dtype],
             "SCALE_TYPE": _TYPE_CODES[scale.dtype],
             "PDL": int(self.dependent),
+            "SYMMETRIC": int(symmetric),
             "MIN_CTAS": config.ctas_per_sm,
         }
         units = -(-N // ROW_UNIT)

@@ -54,6 +54,7 @@ register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
 register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(reference.dequantize))
 register(
     "int4_matmul",
+    cuda.symmetric_decode,
     cuda.symmetric_gluon,
     cuda.symmetric_dequantized,
     cuda.symmetric_matmul,
@@ -63,6 +64,7 @@ register(
 )
 register(
     "int4_matvec",
+    cuda.symmetric_decode,
     cuda.symmetric_matvec,
     cpu.native_symmetric,
     _reference(reference.matvec_symmetric),

@@ -24,6 +24,8 @@
 //   FUSED        1: each CTA quantises x into its own shared memory; 0: the kernel quantise_activations did, into `table`
 //   WARPS, ROW_TILES, STAGES, MIN_CTAS    the shape of the work split
 //   PDL          1: programmatic dependent launch (needs sm_90)
+//   SYMMETRIC    1: nibbles are offset binary (q + 8) and there are no zero points; `zero_point` is read (it points at the
+//                scales) but not used
 //   MATVEC       1: build int4_matvec (M == 1, at the end of this file) instead of the above; it has ROW_BLOCK and UNROLL and
 //                ignores COALESCED, COL_TILES, SPLIT, FUSED, ROW_TILES and STAGES; SCALE_VEC there is 1 if the scales of
 //                ROW_BLOCK rows may be loaded as one vector (plain layout), else 0
@@ -59,6 +61,7 @@ struct Params {
     int unused;
 };
 
+constexpr u32 FLIP = SYMMETRIC ? 0x88888888u : 0u;            // offset binary -> two's complement
 constexpr int STEP_K = 256;                                  // k covered by one ring stage: 128 bytes of every row
 constexpr int X_BLOCK = ACT_BITS == 16 ? 128 : 32;           // elements that share one activation scale
 constexpr int SCALE_BYTES = SCALE_TYPE == 2 ? 4 : 2;
@@ -529,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 if (e % 2 == 0)  // one ldmatrix brings two chunks
                     ldmatrix_x4(w[r], shared_address + stage + (matrix_row + 2 * r) * 128 +
                                           (((e + matrix_chunk) ^ (lane & 7)) << 4));
-                const u32 v0 = w[r][e % 2 * 2], v1 = w[r][e % 2 * 2 + 1];
+                const u32 v0 = w[r][e % 2 * 2] ^ FLIP, v1 = w[r][e % 2 * 2 + 1] ^ FLIP;
                 // 16 * even k, 16 * odd k: a nibble in the top half of its byte is its own sign extension
                 const u32 a[4] = {(v0 << 4) & 0xf0f0f0f0u, (v1 << 4) & 0xf0f0f0f0u, v0 & 0xf0f0f0f0u, v1 & 0xf0f0f0f0u};
                 #pragma unroll
@@ -552,7 +555,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                         const int* c = dot[r][0] + 2 * b;
                         const float sum = LIMBS == 2 ? (float)(c[0] * 256 + c[1]) : (float)c[i];
                         acc[r][0][b][i] += sum * (scale[b] * unit_factors[u][2 * i]);
-                        acc[r][0][b][i] += zero[b] * unit_factors[u][2 * i + 1];
+                        if (!SYMMETRIC) acc[r][0][b][i] += zero[b] * unit_factors[u][2 * i + 1];
                     }
                 }
 #else
@@ -579,7 +582,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                                 f = e * 32 % SUM_BLOCK == 0 ? sum * x_scale : f + sum * x_scale;
                                 if (sum_ends) total += f * scale[b];
                             }
-                            if (sum_ends) total += zero[b] * factors[n][i][X_BLOCKS + e * 32 / SUM_BLOCK];
+                            if (sum_ends && !SYMMETRIC) total += zero[b] * factors[n][i][X_BLOCKS + e * 32 / SUM_BLOCK];
                         }
 #endif
             };
@@ -729,7 +732,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) int4_matvec(c
             }
             #pragma unroll
             for (int r = 0; r < ROW_BLOCK; r++) {
-                const u32 v[4] = {weights[u][r].x, weights[u][r].y, weights[u][r].z, weights[u][r].w};
+                const u32 v[4] = {weights[u][r].x ^ FLIP, weights[u][r].y ^ FLIP, weights[u][r].z ^ FLIP, weights[u][r].w ^ FLIP};
                 int dot = 0;
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -751,7 +754,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) int4_matvec(c
                     scale[z] = SCALE_BYTES == 4 ? __uint_as_float(word) : pick<SCALE_TYPE>(word, r & 1);
                 }
                 acc[r] += (float)dot * (scale[0] * x_scale);
-                acc[r] += scale[1] * x_sum;
+                if (!SYMMETRIC) acc[r] += scale[1] * x_sum;
             }
         }
     }
