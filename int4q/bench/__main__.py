@@ -11,8 +11,8 @@ from int4q.bench import cpu, gpu
 from int4q.bench.shapes import GROUPS, ROWS, SETS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m int4q.bench", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``int4q bench`` and ``python -m int4q.bench`` take."""
     default = "gpu" if torch.cuda.is_available() else "cpu"
     parser.add_argument("device", nargs="?", choices=["gpu", "cpu"], default=default)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
     parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
     parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure as asked."""
     if arguments.device == "cpu":
         cpu.run(arguments.out, arguments.threads)
         return
@@ -30,6 +33,12 @@ def main() -> None:
         arguments.out, arguments.shapes, tuple(arguments.groups), tuple(arguments.rows),
         None if arguments.peers is None else tuple(arguments.peers), tuple(arguments.ours),
     )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m int4q.bench", description=__doc__)
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -71,8 +71,10 @@ def markdown(result: dict) -> str:
 
 
 def _means(result: dict, names: list[str]) -> list[str]:
-    lines = ["Geometric mean over the shapes of each peer's time over int4q's:", ""]
     peers = [n for n in names if not n.startswith("int4q")]
+    if not peers:
+        return []
+    lines = ["Geometric mean over the shapes of each peer's time over int4q's:", ""]
     lines += ["| M | group | " + " | ".join(peers) + " |", "|---" * (len(peers) + 2) + "|"]
     keys = sorted({(row["M"], row["group_size"]) for row in result["rows"]})
     for M, group in keys:

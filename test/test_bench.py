@@ -1,0 +1,68 @@
+"""The benchmark's own arithmetic and files, on shapes small enough for any machine."""
+
+import json
+
+import pytest
+
+from int4q.bench import cpu, peers, report, shapes
+from int4q.cli import main
+
+ROWS = [
+    {"N": 64, "K": 64, "group_size": 32, "M": M, "flops": 2 * M * 64 * 64, "bytes": 4096,
+     "us": {"int4q plain": 2.0 * M, "cuBLAS bf16": 4.0 * M, "slow": 16.0 * M},
+     "relative_error": {}, "not_timed": {"broken": "wrong: relative error 0.5"}}
+    for M in (1, 2)
+]  # fmt: skip
+RESULT = {
+    "gpu": "a GPU", "torch": "2", "cuda": "13", "int4q": "0", "date": "2026-01-01",
+    "ceilings": {"read_tb_s": 4.0, "copy_tb_s": 4.0, "bf16_tflop_s": 500.0}, "rows": ROWS,
+}  # fmt: skip
+
+
+def test_gpu_table_holds_times_ratios_and_means():
+    text = report.markdown(RESULT)
+    assert "| 64 x 64 | 32 | 1 | 2.0 | 4.0 (2.00) | 16.0 (8.00) |" in text
+    assert "| 2 | 32 | 2.00 | 8.00 |" in text
+    assert report.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert "wrong: relative error 0.5" in report.line(ROWS[0], RESULT["ceilings"])
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    (path,) = report.plots(RESULT, tmp_path)
+    assert path.stat().st_size > 1000
+
+
+def test_cpu_run_writes_checked_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "SHAPES", [(64, 128)])
+    monkeypatch.setattr(cpu, "ROWS", [1, 40])
+    monkeypatch.setattr(cpu, "GROUPS", [32])
+    monkeypatch.setattr(cpu, "SECONDS", 0.01)
+    monkeypatch.setattr(cpu, "quantize_row", lambda threads: {"seconds": 1, "peak_over_weight": 2})
+    main(["bench", "cpu", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert [r["M"] for r in result["linear"]] == [1, 40]
+    assert all(t > 0 for r in result["linear"] for t in r["ms"].values())
+    assert "| 64 x 128 | 32 | 40 |" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch):
+    monkeypatch.setattr(cpu, "TOLERANCE", 0.0)
+    with pytest.raises(RuntimeError, match="plain at M=1, N=64, K=128: relative error"):
+        cpu.linear_row(1, 64, 128, 32)
+
+
+def test_quantising_stays_within_four_times_the_weight():
+    assert cpu.quantize_row(2)["peak_over_weight"] < 4
+
+
+def test_peers_say_what_is_missing_and_shapes_have_names():
+    absent = [p.missing() for p in peers.PEERS if p.module == "bitsandbytes"]
+    assert absent in (["bitsandbytes is not installed"], [None])
+    assert shapes.CORE[0].name == "4096x4096" and set(shapes.CORE) <= set(shapes.MODELS)
+
+
+def test_the_command_knows_its_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("int4q 0.")
