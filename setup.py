@@ -7,7 +7,7 @@ setup(
         Extension(
             "int4q.kernels._int4_cpu",
             ["int4q/kernels/csrc/int4_cpu.c"],
-            extra_compile_args=["-O3", "-fopenmp"],
+            extra_compile_args=["-O3", "-g0", "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

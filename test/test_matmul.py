@@ -218,6 +218,21 @@ def test_autocast_casts_the_activation(layout):
     close(y, x.bfloat16().double() @ t.dequantize(torch.float64).T, torch.bfloat16)
 
 
+def test_flops_are_those_of_a_dense_product(layout):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(fn):
+        with FlopCounterMode(display=False) as counter:
+            fn()
+        return counter.get_total_flops()
+
+    t = quantised(layout, 2, 16, 64)
+    w, x = t.dequantize(), torch.randn(2, 3, 64, requires_grad=True)
+    assert count(lambda: F.linear(x, t[0])) == count(lambda: F.linear(x, w[0])) == 2 * 6 * 16 * 64
+    assert count(lambda: torch.bmm(x, t)) == count(lambda: torch.bmm(x, w.mT))
+    assert count(lambda: F.linear(x, t[0]).sum().backward()) == 2 * 2 * 6 * 16 * 64
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 

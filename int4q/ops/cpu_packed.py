@@ -6,7 +6,7 @@ import torch
 
 from int4q import errors
 from int4q.kernels import aten_packed
-from int4q.ops.define import check_activation, define, run_2d
+from int4q.ops.define import check_activation, count_flops, define, run_2d
 
 
 def _check_cpu_packed(x, qdata, scale_and_zero, group_size) -> None:
@@ -60,3 +60,4 @@ define(
     _save_packed,
 )
 define("int4_cpu_unpack(Tensor qdata)", _int4_cpu_unpack, _int4_cpu_unpack_fake)
+count_flops("int4_cpu_packed_linear", -1)

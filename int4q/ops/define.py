@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from int4q import errors
 from int4q.kernels import registry
@@ -26,6 +27,19 @@ def define(schema: str, run, fake, backward=None, save=None) -> None:
     torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"int4q::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def count_flops(op: str, contracted_dim: int) -> None:
+    """Let ``FlopCounterMode`` count ``op(x, qdata, ...)``: two a multiply-add, as a dense matmul.
+
+    Args:
+        contracted_dim: -1 where the op contracts K (two elements a byte of qdata), -2 for N.
+    """
+
+    @register_flop_formula(getattr(torch.ops.int4q, op))
+    def flops(x_shape, qdata_shape, *args, out_shape=None, **kwargs) -> int:
+        contracted = qdata_shape[contracted_dim] * (2 if contracted_dim == -1 else 1)
+        return 2 * torch.Size(out_shape).numel() * contracted
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from int4q import errors
-from int4q.ops.define import WEIGHT, check_activation, check_weight, define, kernel
+from int4q.ops.define import WEIGHT, check_activation, check_weight, count_flops, define, kernel
 from int4q.ops.linear import save_weight
 
 # --- int4_bmm: [B, M, K] x [B, N, K] -> [B, M, N] -----------------------------------------------
@@ -131,3 +131,6 @@ define(
     _int4_grouped_mm_backward,
     _int4_grouped_mm_backward_fake,
 )
+for _name in ("int4_bmm", "int4_grouped_mm"):
+    count_flops(_name, -1)
+    count_flops(f"{_name}_backward", -2)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.ops.define import WEIGHT, check_activation, check_linear, check_weight, define, run_2d
+from int4q.ops.define import (
+    WEIGHT,
+    check_activation,
+    check_linear,
+    check_weight,
+    count_flops,
+    define,
+    run_2d,
+)
 
 
 def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
@@ -105,6 +113,7 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -144,3 +153,5 @@ define(
     _plain_mm_grad,
     save_weight,
 )
+for _op, _dim in (("int4_linear", -1), ("int4_linear_backward", -2), ("int4_plain_mm", -1)):
+    count_flops(_op, _dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.ops.define import SCALE_DTYPES, define, kernel
+from int4q.ops.define import SCALE_DTYPES, count_flops, define, kernel
 from int4q.packing import offset_to_signed
 
 _WEIGHT = "Tensor w_packed, Tensor w_scale, int group_size"
@@ -107,3 +107,5 @@ def _dequant_w4_to_bf16_fake(w_packed, w_scale, group_size):
 define(f"int4_matmul(Tensor x, {_WEIGHT})", _int4_matmul, _int4_matmul_fake, _grad, _save)
 define(f"int4_matvec(Tensor x, {_WEIGHT})", _int4_matvec, _int4_matvec_fake, _grad, _save)
 define(f"dequant_w4_to_bf16({_WEIGHT})", _dequant_w4_to_bf16, _dequant_w4_to_bf16_fake)
+count_flops("int4_matmul", -1)
+count_flops("int4_matvec", -1)
