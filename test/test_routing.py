@@ -178,3 +178,30 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
     reasons = {name: why for name, _, why in registry.explain(problem(M=64, **H200))}
     assert reasons["gluon_matmul"] == reasons["triton_matmul"] == "triton is not installed"
     assert choose(problem(M=64, **H200)).name == "reference"
+
+
+def test_triton_launches_on_the_tensors_device(monkeypatch):
+    """A weight on cuda:1 while cuda:0 is current, with stand-ins for both."""
+    from types import SimpleNamespace
+
+    from int4q.kernels import cuda
+
+    current = [0]
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    seen = cuda.on_its_device(lambda x: current[0])
+    for index in (0, 1):
+        device = SimpleNamespace(index=index)
+        assert seen(SimpleNamespace(is_cuda=True, device=device)) == index
+    assert seen(SimpleNamespace(is_cuda=False)) == current[0] == 0

@@ -32,6 +32,18 @@ def _lazy(module: str, function: str, **fixed) -> Callable[..., Tensor]:
     return run
 
 
+def on_its_device(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run`` with its first tensor's device current, where Triton launches."""
+
+    def guarded(first: Tensor, *rest):
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
+
 @functools.cache
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
@@ -46,7 +58,8 @@ def _triton_kernel(name: str, module: str, function: str, check: str = "unsuppor
             return f"runs on cuda, not {problem.device}"
         return _triton_missing() or getattr(_module(module), check)(problem)
 
-    return Kernel(name, KernelPreference.TRITON, unsupported, _lazy(module, function))
+    run = on_its_device(_lazy(module, function))
+    return Kernel(name, KernelPreference.TRITON, unsupported, run)
 
 
 def _decode_unsupported(problem: Problem) -> str | None:
@@ -110,7 +123,7 @@ gradient = Kernel(
     "triton_dequantize_matmul",
     KernelPreference.TRITON,
     _triton_kernel("", "triton_dequant", "dequantize").unsupported,
-    grad_input,
+    on_its_device(grad_input),
 )
 dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequantize")
 
