@@ -48,7 +48,8 @@ class Summary:
 
     Attributes:
         quantized: the 4-bit weights.
-        skipped: linear weights (and what a config named) that stayed as they were.
+        skipped: linear weights, 3-D parameters (experts) and what a config named, left as they
+            were.
         bytes_before, bytes_after: of all parameters and buffers, shared ones once.
     """
 
@@ -81,7 +82,7 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
             weight = _weight(f"{prefix}.{name}" if prefix else name, t, reasons.get(name))
             if isinstance(t, Int4TensorBase):
                 quantized.append(weight)
-            elif name in reasons or (isinstance(module, nn.Linear) and name == "weight"):
+            elif name in reasons or _could_be_quantized(module, name, t):
                 skipped.append(weight)
             if id(t) not in seen:
                 seen.add(id(t))
@@ -91,6 +92,12 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
     if show:
         _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
     return result
+
+
+def _could_be_quantized(module: nn.Module, name: str, t: torch.Tensor) -> bool:
+    """Linear weights, and stacks of them such as the experts of a mixture."""
+    stack = isinstance(t, nn.Parameter) and t.ndim == 3
+    return stack or (isinstance(module, nn.Linear) and name == "weight")
 
 
 def _weight(name: str, t: torch.Tensor, reason: str | None) -> Weight:

@@ -148,6 +148,16 @@ def test_expert_parameters_quantise_by_name():
     experts = m["experts"]
     assert type(experts.gate_up_proj) is Int4Tensor and experts.gate_up_proj.shape == (4, 48, 64)
     assert type(experts.router.weight) is nn.Parameter
+    (left,) = int4q.summary(m, show=False).skipped
+    assert left.name == "experts.router.weight"
+    # A plain config does not reach 3-D parameters, and the report says so.
+    m = nn.ModuleDict({"experts": Experts()})
+    quantize_(m, SMALL)
+    (left,) = int4q.summary(m, show=False).skipped
+    assert (left.name, left.reason) == ("experts.gate_up_proj", "not selected")
+    m = nn.ModuleDict({"experts": Experts()})
+    quantize_(m, config)
+    experts = m["experts"]
     with pytest.raises(ValueError, match="must have a parameter 'nothing'"):
         from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER as handlers
 
