@@ -20,8 +20,10 @@ def imports(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "int4q")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "int4q":
-            assert node.level == 0, path
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if node.module.split(".")[0] != "int4q":
+                continue
             yield from (f"{node.module}.{a.name}" for a in node.names)
 
 

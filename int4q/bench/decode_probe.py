@@ -1,18 +1,17 @@
 """Times the CUDA decode kernels: ``python -m int4q.bench.decode_probe [--sweep] [--json FILE]``.
 
-Cold L2 (rotating over copies of the weight, 160 MB or more), CUDA-graph replays, median; every
-variant is checked first.
+Timed as in ``timing.py``; every variant is checked first.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from int4q.bench import timing
 from int4q.kernels import cuda_decode
 
 SHAPES = {  # N, K
@@ -21,7 +20,6 @@ SHAPES = {  # N, K
     "J": (8192, 8192), "K": (12288, 4096), "L": (5120, 5120), "M": (2560, 9728), "N": (32000, 4096),
     "O": (151936, 2560),
 }  # fmt: skip
-COLD_BYTES = 160 << 20
 ACTIVATIONS = {16: torch.bfloat16, 8: torch.int8}
 
 
@@ -30,7 +28,7 @@ class Weights:
 
     def __init__(self, N: int, K: int, group: int):
         self.N, self.K, self.group = N, K, group
-        self.copies = max(2, math.ceil(COLD_BYTES / (N * K // 2)))
+        self.copies = timing.copies(N * K // 2)
         q = torch.randint(-8, 8, (N, K), device="cuda", dtype=torch.int8)
         scale = ((torch.rand(K // group, N, device="cuda") + 0.5) * 0.01).bfloat16()
         zero_point = (torch.randn(K // group, N, device="cuda") * 0.02).bfloat16()
@@ -56,27 +54,6 @@ class Weights:
             )
             for q, s in zip(self.qdata, self.scales[layout], strict=True)
         ]
-
-
-def graph_time(calls, repeats: int = 7, floor: int = 24) -> float:
-    """Median microseconds of one call, from replays of a graph that holds all of them in turn."""
-    for call in calls[:3]:
-        call()
-    count = math.ceil(floor / len(calls)) * len(calls)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return sorted(times)[repeats // 2]
 
 
 def sweep_configs(M: int):
@@ -172,7 +149,7 @@ def main() -> None:
                 if not error < (3e-3 if bits == 16 else 1.5e-2):
                     print("WRONG", shape, group, bits, M, layout, config, error)
                     continue
-                results[config] = graph_time(calls)
+                results[config] = timing.microseconds(calls)
             best = sorted(results, key=results.get)[:5]
             for config in results:
                 rows.append([shape, group, bits, M, layout, str(config), results[config]])

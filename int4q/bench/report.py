@@ -67,7 +67,8 @@ def markdown(result: dict) -> str:
             end = [f"{rate:.2f}", f"{flops:.1f}", f"{max(_floor_us(row, ceilings)) / base:.0%}"]
         head = [f"{row['N']} x {row['K']}", str(row["group_size"]), str(row["M"])]
         lines.append("| " + " | ".join(head + cells + end) + " |")
-    return "\n".join(lines + ["", *_means(result, names)]) + "\n"
+    notes = ["", result["note"]] if "note" in result else []
+    return "\n".join(lines + notes + ["", *_means(result, names)]) + "\n"
 
 
 def _means(result: dict, names: list[str]) -> list[str]:

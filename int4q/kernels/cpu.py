@@ -26,7 +26,6 @@ _BLOCK_ELEMENTS = 1 << 20
 # A weight smaller than this is not worth a warning about its speed (bytes of qdata).
 _ANNOUNCE_BYTES = 1 << 20
 
-
 PACKINGS = {"rows": 1, "aten": aten_packed.N_MULTIPLE}
 """Layouts of a CPU-packed weight -> what N must be a multiple of."""
 
@@ -75,8 +74,8 @@ def packed_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size:
 def _dequantize_unsupported(problem: Problem) -> str | None:
     if reason := _on_cpu(problem):
         return reason
-    if problem.dtype not in (torch.bfloat16, torch.float32):
-        return f"writes bfloat16 and float32, not {problem.dtype}"
+    if problem.dtype not in _FLOATS:
+        return f"writes float32, float16 and bfloat16, not {problem.dtype}"
     shape = 1, problem.N, problem.K, problem.group_size
     return native_cpu.unsupported(*shape, problem.dtype, problem.scale_dtype)
 
@@ -132,7 +131,7 @@ def blocked_grad_input(
     return total.to(grad.dtype)
 
 
-def _packed_blocks(packed: Tensor, group_size: int) -> list[slice]:
+def _packed_blocks(packed: Tensor) -> list[slice]:
     block = aten_packed.block_rows()
     step = max(block, _BLOCK_ELEMENTS // max(2 * packed.shape[1], 1) // block * block)
     return [slice(n, n + step) for n in range(0, packed.shape[0], step)]
@@ -141,7 +140,7 @@ def _packed_blocks(packed: Tensor, group_size: int) -> list[slice]:
 def unpacking_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
     """:func:`packed_linear` for many rows: unpack and dequantise block by block, then matmul."""
     y = x.new_empty((x.shape[0], packed.shape[0]))
-    for rows in _packed_blocks(packed, group_size):
+    for rows in _packed_blocks(packed):
         scale, zero_point = scale_and_zero[:, rows].unbind(-1)
         qdata = aten_packed.unpack(packed[rows])
         y[:, rows] = blocked_linear(x, qdata, scale, zero_point, group_size)

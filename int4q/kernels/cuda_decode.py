@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import nvrtc
+from int4q.kernels import nvrtc
 
 MAX_M = 16
 GROUP_SIZES = (32, 64, 128, 256)
