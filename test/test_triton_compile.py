@@ -73,7 +73,7 @@ def pretend_sm90(compiled: list) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from int4q.kernels import triton_common, triton_matmul, tuned
+    from int4q.kernels import nvrtc, triton_common, triton_matmul, tuned
 
     class Utils:
         get_device_properties = staticmethod(
@@ -98,28 +98,54 @@ def pretend_sm90(compiled: list) -> None:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        compiled.append((run(self, *args, grid=grid, warmup=True, **options), args))
 
     JITFunction.run = compile_only
+    nvrtc.driver_call = lambda *_: None
     tuned.multiprocessors = lambda _: 132
     triton_common.has_launch_overlap = triton_matmul.has_launch_overlap = lambda _: True
 
 
-def resources(kernel) -> dict:
-    """Registers, stack bytes and dynamic shared memory of a compiled kernel."""
+def read_binary(kernel, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr).groups()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def resources(kernel) -> dict:
+    """Registers, stack bytes and dynamic shared memory of a compiled kernel."""
+    usage = read_binary(kernel, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "kernel": kernel.metadata.name,
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
+    }
+
+
+def parameters(kernel, args) -> dict:
+    """Bytes of every parameter, as the binary takes them and as a replay passes them."""
+    import ctypes
+
+    from int4q.kernels.triton_launch import _Step
+
+    tensors = [getattr(arg, "base", arg) for arg in args]
+    addresses = [ctypes.c_void_p() for _ in tensors]
+    passed, _ = _Step(kernel, 1, args).parameters(
+        {id(tensor): i for i, tensor in enumerate(tensors)}, addresses
+    )
+    entry = r"KPARAM_INFO\s.*\s.*Ordinal : 0x(\w+).*Size +: 0x(\w+)"
+    taken = re.findall(entry, read_binary(kernel, "-elf"))
+    taken = {int(place, 16): int(size, 16) for place, size in taken}
+    return {
+        "passed": [ctypes.sizeof(parameter) for parameter in passed],
+        "taken": [taken[place] for place in sorted(taken)],
     }
 
 
@@ -157,6 +183,11 @@ def test_shared_memory(compiled):
     assert not over
 
 
+def test_a_replay_passes_what_the_binary_takes(compiled):
+    wrong = [e for e in compiled if not e["taken"] or e["passed"] != e["taken"]]
+    assert not wrong
+
+
 if __name__ == "__main__" and os.environ.get(CHILD):
     kernels: list = []
     pretend_sm90(kernels)
@@ -164,5 +195,5 @@ if __name__ == "__main__" and os.environ.get(CHILD):
     for job, call in jobs():
         kernels.clear()
         call()
-        report += [{"job": job, **resources(kernel)} for kernel in kernels]
+        report += [{"job": job, **resources(k), **parameters(k, args)} for k, args in kernels]
     print(json.dumps(report))

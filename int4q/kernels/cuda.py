@@ -21,6 +21,7 @@ _SMALL_WEIGHT = 1 << 21
 """Elements up to which the decode kernels win to M = 16 at every group size."""
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"int4q.kernels.{name}")
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int4q.kernels import tuned
+from int4q.kernels import triton_launch, tuned
 from int4q.kernels.triton_common import (
     INTERPRET,
     group_of_step,
@@ -88,19 +88,18 @@ def _dequantize_kernel(
         tl.store(target, values, mask=(rows < N)[:, None] & (k < K)[None, :])
 
 
-def _dequantize(packed, scale, zero_point, group_size, out, signed):
-    """``scale`` and ``zero_point`` are ``[n_groups, N]`` here; fills and returns ``out [N, K]``."""
+def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> None:
     N, K = out.shape
     if out.numel() == 0:
-        return out
+        return
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    config = tuned.dequantize_config(N, K)
+    config = config or tuned.dequantize_config(N, K)
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
-    grid = (triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
-    _dequantize_kernel[grid](
+    call.launch(
+        _dequantize_kernel, triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),
         packed, scale, zero, out,
         N, K, K // group_size, packed.stride(0), *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
@@ -108,6 +107,11 @@ def _dequantize(packed, scale, zero_point, group_size, out, signed):
         EVEN=N % block_n == 0 and (K // 2) % block_h == 0,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _dequantize(packed, scale, zero_point, group_size, out, signed, config=None):
+    """``scale`` and ``zero_point`` are ``[n_groups, N]`` here; fills and returns ``out [N, K]``."""
+    triton_launch.run(_build, (packed, scale, zero_point, out), group_size, signed, config)
     return out
 
 
