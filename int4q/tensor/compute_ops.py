@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import fill_defaults
 
 from int4q import errors
 from int4q.kernels.reference import pre_scaled
@@ -58,7 +57,7 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
         raise errors.value(
             f"bias must have shape {errors.dims(w.shape[:1])}", errors.dims(bias.shape)
         )
-    if w.ndim != 2 or w.grouped_dim != 1:
+    if len(w.block_size) != 2 or w.grouped_dim != 1:  # (``w.ndim`` would be dispatched: 1 us)
         return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
     return w._linear(x, bias)
 
@@ -120,9 +119,12 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
 @implements_torch_function(F.linear)
 @implements(aten.linear.default)
 def _(func, types, args, kwargs):
-    x, w, bias = fill_defaults(args, 3, [None]) if len(args) > 1 else (args[0], None, None)
-    w, bias = kwargs.get("weight", w), kwargs.get("bias", bias)
-    return linear(x, w, bias)
+    return _linear(*args, **kwargs)
+
+
+def _linear(input, weight, bias=None):
+    """:func:`linear` under the argument names of torch."""
+    return linear(input, weight, bias)
 
 
 @implements_torch_function([torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__])

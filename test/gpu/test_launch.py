@@ -81,15 +81,17 @@ def test_alignment_strides_and_bias_make_a_kind(monkeypatch, run, M):
     moved = torch.empty(qdata.numel() + 2, dtype=torch.int8, device="cuda")[2:].view_as(qdata)
     moved.copy_(qdata)
     by_row = scale.t().contiguous().t(), zero.t().contiguous().t()
-    expected = normally(monkeypatch, run, x, qdata, scale, zero, group_size)
-    for _ in range(2):
-        for other in (shifted, strided):
-            assert torch.equal(run(other, qdata, scale, zero, group_size), expected)
-        assert torch.equal(run(x, moved, scale, zero, group_size), expected)
-        assert torch.equal(run(x, qdata, *by_row, group_size), expected)
-        both = run(x, qdata, scale, scale, group_size)  # one tensor at two places
-        assert torch.equal(both, normally(monkeypatch, run, x, qdata, scale, scale, group_size))
-        assert torch.equal(run(x, qdata, scale, zero, group_size), expected)
+    kinds = [
+        (shifted, qdata, scale, zero),
+        (strided, qdata, scale, zero),
+        (x, moved, scale, zero),
+        (x, qdata, *by_row),
+        (x, qdata, scale, scale),  # one tensor at two places
+        (x, qdata, scale, zero),
+    ]
+    for inputs in kinds * 2:
+        expected = normally(monkeypatch, run, *inputs, group_size)
+        assert torch.equal(run(*inputs, group_size), expected)
 
 
 @needs_hopper
