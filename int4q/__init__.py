@@ -9,6 +9,7 @@ from int4q.config import Int4SkipWarning, Int4WeightOnlyConfig, quantize_
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.report import Summary, summary
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
+from int4q.tuning import tune
 
 __all__ = [
     "CpuPackedInt4Tensor",
@@ -22,4 +23,5 @@ __all__ = [
     "kernel_preference",
     "quantize_",
     "summary",
+    "tune",
 ]

@@ -1,4 +1,4 @@
-"""The plans of triton_launch.py, with a kernel, a launch and a driver that write down what they get."""
+"""The plans of triton_launch.py; kernel, launch and driver are stand-ins that note their inputs."""
 
 from __future__ import annotations
 

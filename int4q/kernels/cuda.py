@@ -12,13 +12,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from int4q.kernels import reference
+from int4q.kernels import reference, registry, tuned
 from int4q.kernels.registry import Kernel, KernelPreference, Problem
 
 _SLICE_BYTES = 64 << 20
 """Most memory for dequantised weights at a time in the gradient."""
 _SMALL_WEIGHT = 1 << 21
 """Elements up to which the decode kernels win to M = 16 at every group size."""
+
+
+tuned.on_change(registry.route.cache_clear)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ from int4q.kernels.gluon_tile import (
     spread_layout,
     spread_operand,
 )
+from int4q.kernels.tiles import StreamConfig
 from int4q.kernels.triton_arrange import arrange_activation
 from int4q.kernels.triton_common import (
     INTERPRET,
@@ -71,7 +72,7 @@ def unsupported(problem) -> str | None:
         return f"activation dtype must be bfloat16 or float16, not {problem.dtype}"
     if problem.M < tuned.GLUON_FROM_M:
         return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
-    if tuned.dequantizes(problem.M, problem.N, problem.K):
+    if tuned.dequantizes(problem.M, problem.N, problem.K, problem.capability):
         return f"M={problem.M}: dequantise + cuBLAS is faster for this shape"
     return None
 
@@ -339,6 +340,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: StreamConfig | None = None,
 ) -> Tensor:
     """``(x * act_pre_scale) @ W.T + bias``; see ``triton_matmul.int4_linear``."""
-    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int4q.kernels import triton_launch, tuned
+from int4q.kernels.tiles import DequantizeConfig
 from int4q.kernels.triton_common import (
     INTERPRET,
     group_of_step,
@@ -40,8 +41,10 @@ def unsupported(problem) -> str | None:
 def unsupported_linear(problem) -> str | None:
     """Why dequantise + cuBLAS is not the way for ``problem``; ``None`` where it is."""
     reason = unsupported_anywhere(problem)
-    if reason is None and not tuned.dequantizes(problem.M, problem.N, problem.K):
-        reason = f"M={problem.M}: a fused kernel is faster below M={tuned.DEQUANTIZE_FROM_M}"
+    capability = problem.capability
+    if reason is None and not tuned.dequantizes(problem.M, problem.N, problem.K, capability):
+        start = tuned.dequantize_from_m(capability)
+        reason = f"M={problem.M}: a fused kernel is faster below M={start}"
     return reason
 
 
@@ -98,7 +101,7 @@ def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> 
         return
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    config = config or tuned.dequantize_config(N, K)
+    config = config or tuned.dequantize_config(N, K, out.device)
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
@@ -141,6 +144,7 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
     signed: bool = True,
+    config: DequantizeConfig | None = None,
 ) -> Tensor:
     """``q * scale + zero_point`` in float32, rounded once to ``dtype``.
 
@@ -148,13 +152,14 @@ def dequantize(
         qdata: int8 ``[N, K/2]``; two's complement nibbles, or offset-binary with ``signed=False``.
         scale, zero_point: ``[K/group_size, N]``, any strides.
         dtype: bfloat16, float16 or float32.
+        config: the tile, by default the table's.
 
     Returns:
         ``[N, K]``.
     """
     shape = (qdata.shape[0], qdata.shape[1] * 2)
     out = torch.empty(shape, dtype=dtype, device=qdata.device)
-    return _dequantize(qdata, scale, zero_point, group_size, out, signed)
+    return _dequantize(qdata, scale, zero_point, group_size, out, signed, config)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

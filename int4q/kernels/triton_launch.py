@@ -13,7 +13,7 @@ to an input or to memory that ``call`` gave out. The next call of that kind allo
 memory, fills in the addresses and hands the plan to the driver.
 
 A builder must depend on its arguments only in what tells kinds apart; tile tables count as
-constants, so whoever replaces one calls :func:`clear`. Where a plan cannot be made (an input had
+constants, and plans are forgotten when one is replaced. Where a plan cannot be made (an input had
 to be copied first, a Triton whose internals are not known here, no NVIDIA device, the interpreter),
 every call runs ``build``: slower, the same result. :func:`unavailable` says why.
 
@@ -33,7 +33,7 @@ import torch
 import triton
 from torch import Tensor
 
-from int4q.kernels import nvrtc
+from int4q.kernels import nvrtc, tuned
 from int4q.kernels.triton_common import INTERPRET
 
 KNOWN_TRITON = ("3.6",)
@@ -108,6 +108,9 @@ def clear() -> None:
     """Forget all plans, because something that builders take for constant has changed."""
     with _guard:
         _plans.clear()
+
+
+tuned.on_change(clear)
 
 
 class Call:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int4q.kernels import triton_launch, triton_matvec, tuned
+from int4q.kernels.tiles import MatmulConfig
 from int4q.kernels.triton_arrange import arrange_activation
 from int4q.kernels.triton_common import (
     INTERPRET,
@@ -143,7 +144,7 @@ def _build(
     out = call.result((M, N))
     if out.numel() == 0:
         return
-    config = config or tuned.matmul_config(M, N, K, x.device)
+    config = config or tuned.matmul_config(M, N, K, x.device, group_size >= 128)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     split_k = config.split_k
     partial, counters = out, None
@@ -196,6 +197,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: MatmulConfig | None = None,
 ) -> Tensor:
     """``(x * act_pre_scale) @ W.T + bias`` for the plain tensor's parts.
 
@@ -205,6 +207,7 @@ def int4_linear(
         scale, zero_point: ``[K/group_size, N]``, any strides, any of the three dtypes.
         bias: ``[N]``.
         act_pre_scale: ``[K]``.
+        config: the tile, by default the table's (for two rows and more).
 
     Returns:
         ``[M, N]`` in the dtype of x.
@@ -213,4 +216,4 @@ def int4_linear(
         return triton_matvec.int4_linear(
             x, qdata, scale, zero_point, group_size, bias, act_pre_scale
         )
-    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int4q.kernels import triton_launch, tuned
+from int4q.kernels.tiles import MatvecConfig
 from int4q.kernels.triton_common import (
     INTERPRET,
     group_of_step,
@@ -84,7 +85,7 @@ def _build(
         return
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    config = config or tuned.matvec_config(N, K)
+    config = config or tuned.matvec_config(N, K, x.device)
     scale, zero = matched_groups(scale, zero_point)
     call.launch(
         _matvec_kernel, triton.cdiv(N, config.block_n),
@@ -127,6 +128,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: MatvecConfig | None = None,
 ) -> Tensor:
     """The plain tensor's linear for ``x [1, K]``; ``scale``, ``zero_point`` are ``[K/gs, N]``."""
-    return _matvec(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matvec(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)
