@@ -175,9 +175,9 @@ def _sliced_matmul(x, packed, scale, zero_point, group_size, bias, signed) -> Te
     out = x.new_empty((x.shape[0], N))
     if x.shape[0] == 0 or N == 0:
         return out
-    n_slices = triton.cdiv(N * K * x.element_size(), SLICE_BYTES)
+    n_slices = -(-N * K * x.itemsize // SLICE_BYTES)
     # Equal slices in multiples of 256 rows: no slice ends in a GEMM too narrow for the device.
-    step = min(N, triton.cdiv(triton.cdiv(N, n_slices), 256) * 256)
+    step = min(N, -(-N // (n_slices * 256)) * 256)
     weight = x.new_empty((step, K))
     if step == N:
         _dequantize(packed, scale, zero_point, group_size, weight, signed)
