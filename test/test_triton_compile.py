@@ -39,7 +39,7 @@ def jobs():
         return lambda: run(empty(M, K, dtype=dtype), qdata, scale, scale, group_size, bias)
 
     found = []
-    for M in (16, 32, 64, 128, 256):  # one row of the table each, for wide and for narrow N
+    for M in (16, 32, 64, 128, 256, 512):  # one row of the table each, for wide and for narrow N
         for N in (28672, 4096):
             name = f"gluon M={M} N={N}"
             found.append((name, linear(gluon_matmul.int4_linear, M, N, 4096, 128)))

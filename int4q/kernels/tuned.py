@@ -82,7 +82,10 @@ def source(device: torch.device | str | None = None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = table(torch.device(device))
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    found = table(device)
     return "built-in" if found is None else str(found.path)
 
 

@@ -34,9 +34,11 @@ def main() -> None:
         a8 = CudaCoalescedInt4Tensor.from_int4_tensor(plain)
         shape = f"M={M} N={N} K={K} g{group_size}"
         for name, t, bound in (("plain", plain, 1e-2), ("a16", a16, 1e-2), ("a8", a8, 5e-2)):
-            check(f"{name} {shape}", F.linear(x, t.cuda()), exact, bound)
+            for call in ("first", "again"):  # the second is a replay, on another copy
+                check(f"{name} {shape} {call}", F.linear(x, t.cuda()), exact, bound)
         with kernel_preference("triton"):
-            check(f"triton {shape}", F.linear(x, plain.cuda()), exact, 1e-2)
+            for call in ("first", "again"):
+                check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
         packed = (plain.qdata ^ -0x78).cuda()
         scale = plain.scale.mT.contiguous().cuda()
         symmetric = exact - F.linear(
