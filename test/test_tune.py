@@ -38,6 +38,7 @@ from int4q.kernels.tiles import (  # noqa: E402
     StreamConfig,
 )
 from int4q.kernels.tuned_table import Device, Row  # noqa: E402
+from int4q.tuning import families  # noqa: E402
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
@@ -214,10 +215,10 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.parametrize("M", [2, 9, 16, 33, 128, 257, 4096])
 def test_candidates_fit_and_differ(M):
-    place = tuning._Place(M, 4096, 4096, 101376, 100)
-    small = list(tuning._matmul_candidates(place))
+    place = families.Place(M, 4096, 4096, 101376, 100)
+    small = list(families.matmul_candidates(place))
     assert 8 <= len(small) == len(set(small)) <= 150
-    big = list(tuning._stream_candidates(dataclasses.replace(place, shared=232448, sms=132)))
+    big = list(families.stream_candidates(dataclasses.replace(place, shared=232448, sms=132)))
     assert 4 <= len(big) == len(set(big)) <= 60
     for c in big:
         assert c.num_stages * (c.block_n * c.block_k // 2 + c.block_m * c.block_k * 2) <= 232448

@@ -10,15 +10,11 @@ choose by their own rules and are not tuned.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +23,16 @@ from int4q import errors
 from int4q._version import __version__
 from int4q.bench import timing
 from int4q.bench.shapes import CORE
-from int4q.kernels import reference, tuned, tuned_table
-from int4q.kernels.tiles import DequantizeConfig, MatmulConfig, MatvecConfig, StreamConfig
+from int4q.kernels import tuned, tuned_table
 from int4q.kernels.tuned_table import Row
 from int4q.tensor.base import Int4TensorBase
+from int4q.tuning.families import (
+    FAMILIES,
+    Family,
+    Place,
+    Weight,
+    through_cublas,
+)
 
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MARGIN = 0.02
@@ -38,170 +40,6 @@ MARGIN = 0.02
 _TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-4}
 
 Timer = Callable[[Sequence[Callable[[], object]]], float]
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """Copies of one weight's parts, and its values."""
-
-    group_size: int
-    qdata: tuple[Tensor, ...]
-    scale: Tensor
-    zero_point: Tensor
-    values: Tensor  # float32 [N, K]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.values.shape)
-
-    @property
-    def rest(self) -> tuple[Tensor, Tensor, int]:
-        return self.scale, self.zero_point, self.group_size
-
-    @classmethod
-    def random(cls, N: int, K: int, group_size: int, dtype: torch.dtype, device) -> _Weight:
-        copies = timing.copies(N * K // 2) if device.type == "cuda" else 1
-        on = {"device": device}
-        qdata = torch.randint(-128, 128, (N, K // 2), dtype=torch.int8, **on)
-        scale = (torch.rand(K // group_size, N, **on) * 0.009 + 0.001).to(dtype)
-        zero_point = (torch.randn(K // group_size, N, **on) * 0.01).to(dtype)
-        values = reference.dequantize(qdata, scale, zero_point, group_size, torch.float32)
-        same = tuple(qdata.clone() for _ in range(copies))
-        return cls(group_size, same, scale, zero_point, values)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What candidates depend on: the shape, shared memory a program may have, multiprocessors."""
-
-    M: int
-    N: int
-    K: int
-    shared: int
-    sms: int
-
-
-@dataclass(frozen=True)
-class _Family:
-    """A kernel with tiles to choose: where it runs, what to try, how to call it."""
-
-    kernel: str
-    runs: Callable[[int, tuple[int, int] | None], bool]
-    shipped: Callable[..., object]  # (M, weight, device) -> the tile in use without a table
-    candidates: Callable[[_Place], Iterator[object]]
-    call: Callable[..., Tensor]  # (x, qdata, weight, config)
-
-
-def _light(weight: _Weight) -> bool:
-    return weight.group_size >= 128
-
-
-def _stream_light(weight: _Weight) -> bool:
-    return _light(weight) and weight.shape[0] % 16 == 0 and weight.scale.itemsize == 2
-
-
-def _around(M: int, sides: Sequence[int]) -> list[int]:
-    """The sides of a tile that suit M rows: the least that holds them and its neighbours."""
-    least = next((i for i, side in enumerate(sides) if side >= M), len(sides) - 1)
-    return list(sides[max(0, least - 1) : least + 2]) if M > sides[0] else [sides[0]]
-
-
-def _stream_candidates(place: _Place) -> Iterator[StreamConfig]:
-    M, sms = place.M, place.sms
-    for block_m, block_n, block_k in itertools.product(
-        _around(M, (16, 32, 64, 128, 256)), (64, 128, 256), (128, 256)
-    ):
-        stage = block_n * block_k // 2 + block_m * block_k * 2
-        stages = min(5, (place.shared - 4096) // (stage + 8 * block_n))
-        for warps in (4, 8):
-            registers = block_n * block_m // (32 * warps)  # of the accumulator, a thread
-            if stages < 3 or registers > 128 or block_n % (16 * warps):
-                continue
-            few = registers <= 32  # such programs share a multiprocessor
-            for programs in (0, 3 * sms if few and block_m == 16 else 2 * sms if few else sms):
-                group_m = 8 if programs == 0 and M > block_m else 1
-                yield StreamConfig(
-                    block_n, block_m, block_k, warps, stages, programs, group_m=group_m
-                )
-
-
-def _matmul_candidates(place: _Place) -> Iterator[MatmulConfig]:
-    depths = (3, 4) if place.shared > 1 << 17 else (2, 3)
-    for block_m, block_n, block_k, warps, stages in itertools.product(
-        _around(place.M, (16, 32, 64, 128)), (64, 128), (64, 128, 256), (4, 8), depths
-    ):
-        used = (block_n * block_k // 2 + block_m * block_k * 2) * stages
-        registers = block_n * block_m // (32 * warps)
-        if used > place.shared or not 8 <= registers <= 128 or (block_k > 128 and block_m > 32):
-            continue
-        split = tuned.split_of(place.M, place.N, place.K, block_n, block_m, block_k, place.sms)
-        for parts in {1, split}:
-            yield MatmulConfig(block_n, block_m, block_k, warps, stages, parts)
-
-
-def _matvec_candidates(place: _Place) -> Iterator[MatvecConfig]:
-    for shape in itertools.product((2, 4, 8, 16), (128, 256, 512), (4, 8)):
-        yield MatvecConfig(*shape)
-
-
-def _dequantize_candidates(place: _Place) -> Iterator[DequantizeConfig]:
-    for shape in itertools.product((4, 8, 16), (64, 128, 256, 512), (4, 8)):
-        yield DequantizeConfig(*shape)
-
-
-def _linear(module: str):
-    def call(x: Tensor, qdata: Tensor, weight: _Weight, config) -> Tensor:
-        return _kernels(module).int4_linear(x, qdata, *weight.rest, config=config)
-
-    return call
-
-
-def _dequantize(x: Tensor, qdata: Tensor, weight: _Weight, config) -> Tensor:
-    return _kernels("triton_dequant").dequantize(qdata, *weight.rest, x.dtype, config=config)
-
-
-def _through_cublas(x: Tensor, qdata: Tensor, weight: _Weight) -> Tensor:
-    return _kernels("triton_dequant").linear(x, qdata, *weight.rest)
-
-
-def _kernels(module: str) -> ModuleType:
-    return importlib.import_module(f"int4q.kernels.{module}")  # and Triton, at the first call
-
-
-FAMILIES = {
-    family.kernel: family
-    for family in (
-        _Family(
-            "stream",
-            lambda M, capability: capability is not None and capability[0] == 9 and M >= 9,
-            lambda M, w, device: tuned.stream_rule(M, *w.shape, _stream_light(w), device),
-            _stream_candidates,
-            _linear("gluon_matmul"),
-        ),
-        _Family(
-            "matmul",
-            lambda M, capability: M > 1,
-            lambda M, w, device: tuned.matmul_rule(M, *w.shape, device),
-            _matmul_candidates,
-            _linear("triton_matmul"),
-        ),
-        _Family(
-            "matvec",
-            lambda M, capability: M == 1,
-            lambda M, w, device: tuned.matvec_rule(*w.shape),
-            _matvec_candidates,
-            _linear("triton_matvec"),
-        ),
-        _Family(
-            "dequantize",
-            lambda M, capability: M == 1,  # once a weight
-            lambda M, w, device: tuned.dequantize_rule(*w.shape),
-            _dequantize_candidates,
-            _dequantize,
-        ),
-    )
-}
-"""The kernels that have tiles to choose, by the name that tables give them."""
 
 
 def tune(
@@ -251,7 +89,7 @@ def tune(
     search = _Search(device, dtype, timer, log)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for N, K, group_size in weights:
-            search.weight(_Weight.random(N, K, group_size, dtype, device), rows, chosen)
+            search.weight(Weight.random(N, K, group_size, dtype, device), rows, chosen)
     if not search.times:
         raise errors.value(f"one of {chosen} must run on {device} at one of the rows", list(rows))
     about = {
@@ -327,7 +165,7 @@ class _Search:
             facts = torch.cuda.get_device_properties(device)
             self.shared = facts.shared_memory_per_block_optin
 
-    def weight(self, weight: _Weight, rows: Sequence[int], kernels: Sequence[str]) -> None:
+    def weight(self, weight: Weight, rows: Sequence[int], kernels: Sequence[str]) -> None:
         """Everything that is to be timed for one weight."""
         N, K = weight.shape
         for M in sorted(set(rows) | {1}):
@@ -339,19 +177,16 @@ class _Search:
                     self._family(FAMILIES[name], x, weight, wanted)
             shape = (M, N, K, weight.group_size)
             if shape in self.fused:
-                calls = [lambda q=q, x=x: _through_cublas(x, q, weight) for q in weight.qdata]
+                calls = [lambda q=q, x=x: through_cublas(x, q, weight) for q in weight.qdata]
                 self.dequantized[shape] = self.timer(calls)
 
-    def _family(self, family: _Family, x: Tensor, weight: _Weight, expected: Tensor) -> None:
+    def _family(self, family: Family, x: Tensor, weight: Weight, expected: Tensor) -> None:
         M, (N, K) = x.shape[0], weight.shape
-        light = True
-        if family.kernel in ("stream", "matmul"):
-            light = _stream_light(weight) if family.kernel == "stream" else _light(weight)
         rows = 0 if family.kernel == "dequantize" else M
-        key = tuned_table.shape_class(family.kernel, rows, N, K, light)
+        key = tuned_table.shape_class(family.kernel, rows, N, K, family.light(weight))
         shape = (M, N, K, weight.group_size)
         shipped = family.shipped(M, weight, self.device)
-        place = _Place(M, N, K, self.shared, self.sms)
+        place = Place(M, N, K, self.shared, self.sms)
         tried = dict.fromkeys([shipped, *family.candidates(place)])
         times, refused = {}, {}
         for config in tried:
