@@ -85,13 +85,32 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
         x: floating ``[M, K]``, K a multiple of 32.
 
     Returns:
-        ``xq`` int8 ``[M, K/32, 32]`` and ``d`` float32 ``[M, K/32]`` (0 for an all-zero block).
+        ``xq`` int8 ``[M, K/32, 32]`` and ``d`` float32 ``[M, K/32]``. Where d rounds to 0 all xq
+        are 0; a block with NaN or Inf in it has ``d = NaN`` (so its row's result is NaN) and xq 0.
     """
     blocks = x.float().unflatten(-1, (-1, INT8_BLOCK))
     amax = blocks.abs().amax(dim=-1)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
-    xq = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
-    return xq.to(torch.int8), amax / 127.0
+    # A tensor, because torch divides by a number by multiplying with its inverse.
+    d = amax / torch.full_like(amax, 127.0)
+    live = (d > 0) & amax.isfinite()
+    ratio = blocks / torch.where(live, d, 1.0).unsqueeze(-1)
+    ratio = torch.where(live.unsqueeze(-1), ratio, 0.0).clamp(-127, 127)
+    return ratio.round().to(torch.int8), torch.where(amax.isfinite(), d, torch.nan)
+
+
+def int8_dots(xq: Tensor, qdata: Tensor) -> Tensor:
+    """The integer sums of W4A8: ``sum_k xq[m, b, k] * q[n, b, k]`` over blocks ``b`` of 32.
+
+    Args:
+        xq: int8 ``[M, K/32, 32]``.
+        qdata: int8 ``[N, K/2]``.
+
+    Returns:
+        int32 ``[M, K/32, N]``.
+    """
+    q = unpack_nibbles(qdata).unflatten(-1, (-1, INT8_BLOCK))
+    # float32 holds these sums exactly: |xq * q| summed over 32 stays under 2^24.
+    return torch.einsum("mbk,nbk->mbn", xq.float(), q.float()).to(torch.int32)
 
 
 def linear_int8(
@@ -106,9 +125,7 @@ def linear_int8(
         ``[M, N]`` in ``x.dtype``.
     """
     xq, d = quantize_activation(x)
-    q = unpack_nibbles(qdata).unflatten(-1, (-1, INT8_BLOCK))
-    # float32 holds these sums exactly: |xq * q| summed over 32 stays under 2^24.
-    dot = torch.einsum("mbk,nbk->mbn", xq.float(), q.float())
+    dot = int8_dots(xq, qdata).float()
     total = xq.sum(dim=-1, dtype=torch.int32).float()
     per_group = group_size // INT8_BLOCK
     s = scale.float().repeat_interleave(per_group, dim=0)

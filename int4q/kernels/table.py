@@ -41,6 +41,7 @@ register("int4_linear", *W4A16)
 register(
     "int4_plain_mm",
     _up_to_int8_rows(cuda.decode_int8),
+    _up_to_int8_rows(cuda.triton_int8),
     _up_to_int8_rows(_reference(reference.linear_int8, "reference_w4a8")),
     *W4A16,
 )

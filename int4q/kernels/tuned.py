@@ -38,6 +38,14 @@ class MatvecConfig:
 
 
 @dataclass(frozen=True)
+class W4A8Config:
+    """``num_warps`` warps, a block of 32 k a thread, of ``block_n`` rows each."""
+
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class MatmulConfig:
     block_n: int
     block_m: int
@@ -137,6 +145,11 @@ def matvec_config(N: int, K: int) -> MatvecConfig:
     return MatvecConfig(
         block_n=8 if N > 8192 else 4, block_h=512 if K >= 2048 else 128, num_warps=4
     )
+
+
+def w4a8_config(M: int, N: int, K: int) -> W4A8Config:
+    """Rows a thread shares its activations over; more of them for more rows of activations."""
+    return W4A8Config(block_n=8 if N > 8192 and M == 1 else 4, num_warps=2 if K > 4096 else 4)
 
 
 @functools.lru_cache(maxsize=64)
