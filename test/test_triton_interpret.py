@@ -142,7 +142,7 @@ else:
         Case(1, 7, 160, 32, why="K tail, N under a tile"),
         Case(2, 20, 384, 128, FP16, why="float16"),
         Case(3, 9, 192, 64, FP32, why="float32"),
-        Case(5, 33, 64, 32, BF16, FP32, why="float32 scales"),
+        Case(5, 13, 64, 32, BF16, FP32, why="float32 scales"),
         Case(8, 12, 2304, 256, why="two steps of K"),
     ]
 
@@ -170,7 +170,7 @@ else:
         x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("-inf")
         x = x.float()
         x[3], x[4, 32:64] = 2e-44 * torch.randn(96), 1e-43
-        x[5, :32] = torch.arange(32) * 1e36
+        x[5, :32] = torch.arange(32) * 1e33
         sums = torch.empty(6, 5, 3, dtype=torch.int32)
         y = triton_w4a8.linear(x, qdata, scale, zero, 32, sums=sums)
         xq, d = reference.quantize_activation(x)
@@ -181,8 +181,8 @@ else:
 
     def test_w4a8_of_slices():
         """Rows and whole groups cut from a weight, x by columns of another and transposed."""
-        x, qdata, scale, zero = parts(Case(4, 40, 256, 64))
-        rows, k = slice(3, 30), slice(64, 192)
+        x, qdata, scale, zero = parts(Case(2, 16, 256, 64))
+        rows, k = slice(3, 12), slice(64, 192)
         args = qdata[rows, 32:96], scale[1:3, rows], zero[1:3, rows]
         for view in (x[:, k], x[:, k].t().contiguous().t()):
             y = triton_w4a8.linear(view, *args, 64)

@@ -78,6 +78,11 @@ class CudaCoalescedInt4Tensor(Int4TensorBase):
             self.qdata, scale, zero_point, self.block_size, self.shape, self.act_pre_scale
         )
 
+    def with_activation_dtype(self, activation_dtype: torch.dtype) -> CudaCoalescedInt4Tensor:
+        """The same parts, not copied, for ``torch.int8`` or ``torch.bfloat16`` activations."""
+        parts = self.qdata, self.scale, self.zero_point, self.block_size, self.shape
+        return type(self)(*parts, self.act_pre_scale, activation_dtype)
+
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.activation_dtype != torch.int8:
             weight = *self._weight_parts(), self.group_size
