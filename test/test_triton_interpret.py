@@ -154,14 +154,17 @@ else:
         if coalesced:
             scale, zero = scale.t().contiguous().t(), zero.t().contiguous().t()
         sums = torch.empty(case.M, case.N, case.K // 32, dtype=torch.int32)
-        y = triton_w4a8.linear(
-            x, qdata, scale, zero, case.group_size, tuned.W4A8Config(4, 1 + case.K // 2000), sums
-        )
+        bias = torch.randn(case.N).to(case.dtype) if coalesced else None
+        pre_scale = torch.rand(case.K).to(case.dtype) if coalesced else None
+        config = tuned.W4A8Config(4, 1 + case.K // 2000)
+        more = bias, pre_scale, config, sums
+        y = triton_w4a8.linear(x, qdata, scale, zero, case.group_size, *more)
+        x = x.float() * (pre_scale.float() if coalesced else 1)
         xq, d = reference.quantize_activation(x)
         assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
         xq = (xq.double() * d.double().unsqueeze(-1)).flatten(1)
         w = weight(qdata, scale, zero, case.group_size)
-        check(y, xq @ w.double().t(), case.dtype)
+        check(y, xq @ w.double().t() + (bias.double() if coalesced else 0), case.dtype)
 
     def test_w4a8_of_special_rows():
         """Zeros give 0, NaN and Inf a row of NaN, denormals what d = amax / 127 gives them."""

@@ -114,24 +114,32 @@ def int8_dots(xq: Tensor, qdata: Tensor) -> Tensor:
 
 
 def linear_int8(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """W4A8: int32 dot products of int8 activations and 4-bit weights, scaled in float32.
 
     ``y[m, n] = sum_b d[m, b] * (scale[g, n] * dot[m, b, n] + zero_point[g, n] * sum(xq[m, b]))``
-    over blocks ``b`` of 32, ``g = 32 * b // group_size``.
+    over blocks ``b`` of 32, ``g = 32 * b // group_size``; plus ``bias [N]``. ``act_pre_scale [K]``
+    multiplies x in float32, before it is quantised.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
     """
-    xq, d = quantize_activation(x)
+    scaled = x if act_pre_scale is None else x.float() * act_pre_scale.reshape(-1).float()
+    xq, d = quantize_activation(scaled)
     dot = int8_dots(xq, qdata).float()
     total = xq.sum(dim=-1, dtype=torch.int32).float()
     per_group = group_size // INT8_BLOCK
     s = scale.float().repeat_interleave(per_group, dim=0)
     z = zero_point.float().repeat_interleave(per_group, dim=0)
     y = (d.unsqueeze(-1) * (dot * s + total.unsqueeze(-1) * z)).sum(dim=1)
-    return y.to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _symmetric_values(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:

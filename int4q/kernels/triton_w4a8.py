@@ -50,10 +50,11 @@ def unsupported(problem) -> str | None:
 @triton.jit
 def _quantize_kernel(
     x_ptr,  # [M, K], strides below
+    pre_scale_ptr,  # [K] or unused
     values_ptr,  # int32 [M, 2, blocks, 4]: of every block the words of even, then of odd k
     factors_ptr,  # float32 [M, 2, blocks]: d / 16, then d * sum(xq)
     blocks, stride_xm, stride_xk,
-    PDL: tl.constexpr, BLOCK_B: tl.constexpr,
+    HAS_PRE_SCALE: tl.constexpr, PDL: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     # First wait, then release: the kernel after reads weights before it waits for this one, and
     # they may come from the kernel before.
@@ -66,6 +67,8 @@ def _quantize_kernel(
     k = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
     x = tl.load(x_ptr + m * stride_xm + k * stride_xk, mask=inside[:, None], other=0.0)
     x = x.to(tl.float32)
+    if HAS_PRE_SCALE:
+        x *= tl.load(pre_scale_ptr + k, mask=inside[:, None], other=0.0).to(tl.float32)
     # The largest magnitude as an integer, so that NaN and Inf win.
     magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     finite = magnitude < 0x7F800000
@@ -92,8 +95,10 @@ def _quantize_kernel(
     tl.store(factors_ptr + (2 * m + 1) * blocks + block, d * total, mask=inside)
 
 
-def quantize_activation(x: Tensor, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """``x [M, K]`` as int8 in the order of the weights' words, and its float32 factors.
+def quantize_activation(
+    x: Tensor, act_pre_scale: Tensor | None = None, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``x [M, K]`` (times ``act_pre_scale [K]``) as int8 in the order of the weights' words.
 
     Returns:
         int32 ``[M, 2, K/32, 4]``, four xq a word: those of even k, then those of odd k; and
@@ -103,8 +108,10 @@ def quantize_activation(x: Tensor, pdl: bool = False) -> tuple[Tensor, Tensor]:
     values = torch.empty((M, 2, blocks, 4), dtype=torch.int32, device=x.device)
     factors = torch.empty((M, 2, blocks), dtype=torch.float32, device=x.device)
     _quantize_kernel[(triton.cdiv(blocks, 8), M)](
-        x, values, factors, blocks, *x.stride(), PDL=pdl, BLOCK_B=8, num_warps=2, launch_pdl=pdl
-    )
+        x, x if act_pre_scale is None else act_pre_scale.contiguous(), values, factors,
+        blocks, *x.stride(), HAS_PRE_SCALE=act_pre_scale is not None, PDL=pdl, BLOCK_B=8,
+        num_warps=2, launch_pdl=pdl,
+    )  # fmt: skip
     return values, factors
 
 
@@ -199,11 +206,12 @@ def _w4a8_kernel(
     words_ptr,  # int32 [N, blocks, 4], rows stride_wn blocks apart
     scale_ptr,  # [n_groups, N] by strides
     zero_ptr,  # [n_groups, N] by strides
+    bias_ptr,  # [N] or unused
     out_ptr,  # [M, N] contiguous
     sums_ptr,  # int32 [M, N, blocks] or unused
     N, blocks, stride_wn, stride_sg, stride_sn, stride_zg, stride_zn, one,
-    M: tl.constexpr, GROUP_SIZE: tl.constexpr, STORE_SUMS: tl.constexpr, ON_GPU: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    M: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_SUMS: tl.constexpr,
+    ON_GPU: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, row = rows < N, rows.to(tl.int64)
@@ -244,7 +252,10 @@ def _w4a8_kernel(
             total = total + (acc[m] + added,)
         acc = total
     for m in tl.static_range(M):
-        y = rounded(tl.sum(acc[m], axis=0), out_ptr.dtype.element_ty, ON_GPU)
+        y = tl.sum(acc[m], axis=0)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        y = rounded(y, out_ptr.dtype.element_ty, ON_GPU)
         tl.store(out_ptr + m * N.to(tl.int64) + rows, y, mask=live)
 
 
@@ -261,16 +272,20 @@ def linear(
     scale: Tensor,
     zero_point: Tensor,
     group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
     config: tuned.W4A8Config | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """``x @ W.T`` with x quantised to int8 per 32 elements; the op ``int4_plain_mm``.
+    """``(x * act_pre_scale) @ W.T + bias``, the first factor as int8 per 32 elements.
 
     Args:
         x: ``[M, K]``, M at most 8; bfloat16, float16 or float32, any strides.
         qdata: int8 ``[N, K/2]``, two's complement nibbles; rows may lie apart.
         scale, zero_point: ``[n_groups, N]``; a coalesced ``[N, n_groups]`` tensor goes in as
             ``.mT``. Any strides.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``; multiplies x in float32.
         config: tile; by shape if not given.
         sums: int32 ``[M, N, K/32]``, filled with the integer sums of every block (for tests).
 
@@ -283,14 +298,15 @@ def linear(
         return out
     config = config or tuned.w4a8_config(M, N, K)
     pdl = has_launch_overlap(x.device)
-    values, factors = quantize_activation(x, pdl)
+    values, factors = quantize_activation(x, act_pre_scale, pdl)
     words = _as_blocks(qdata)
     scale, zero = matched_groups(scale, zero_point)
     _w4a8_kernel[(triton.cdiv(N, config.block_n),)](
-        values, factors, words, scale, zero, out, out if sums is None else sums,
+        values, factors, words, scale, zero, out if bias is None else bias.contiguous(), out,
+        out if sums is None else sums,
         N, K // BLOCK, words.stride(0) // 4, *scale.stride(), *zero.stride(), 1,
-        M=M, GROUP_SIZE=group_size, STORE_SUMS=sums is not None, ON_GPU=not INTERPRET, PDL=pdl,
-        BLOCK_N=config.block_n, BLOCK_B=BLOCK * config.num_warps, num_warps=config.num_warps,
-        launch_pdl=pdl,
+        M=M, GROUP_SIZE=group_size, HAS_BIAS=bias is not None, STORE_SUMS=sums is not None,
+        ON_GPU=not INTERPRET, PDL=pdl, BLOCK_N=config.block_n, BLOCK_B=BLOCK * config.num_warps,
+        num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
