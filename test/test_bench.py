@@ -90,6 +90,6 @@ def test_decode_table_holds_times_ratios_and_errors():
         assert e["W4A16"] < 1e-4 < e["W4A8"] < 5e-2, (label, e)
     text = decode.markdown({**DECODE, "numerics": found})
     assert "| 64 x 64 | 32 | 1 | 1.0 | 4.0 (25%) | 2.0 (50%) | 5.0 (20%) |" in text
-    assert "| 32 | 2 | 4.00 | - | - | 2.50 | - |" in text
+    assert "| 32 | 2 | 4.00 | - | - | - | 2.50 | - |" in text
     assert "| 48 x 256 | 32 | one channel x100 |" in text
     assert "Triton W4A8 plain WRONG: relative error 0.5" in decode.line(DECODE["rows"][0])

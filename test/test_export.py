@@ -109,7 +109,9 @@ def test_a_converted_model_exports_the_same_graph():
     _, x, program = exported("coalesced-a8")
     with torch.no_grad():
         other = torch.export.export(m, (x,))
-    assert [str(n.target) for n in other.graph.nodes] == [str(n.target) for n in program.graph.nodes]
+    assert [str(n.target) for n in other.graph.nodes] == [
+        str(n.target) for n in program.graph.nodes
+    ]
     assert torch.equal(other.module()(x), program.module()(x))
 
 
