@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--threads", type=int, help="cpu: torch threads (default: all)")
     parser.add_argument("--shapes", choices=sorted(SETS), default="core", help="gpu: which layers")
-    parser.add_argument(
-        "--groups", type=int, nargs="+", default=GROUPS, help="group sizes (not cpu)"
-    )
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu, decode: sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
     parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
     parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])

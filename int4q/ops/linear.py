@@ -92,7 +92,7 @@ def _check_plain_mm(x, qdata, scale, zero_point, group_size, bias=None, act_pre_
 
 
 def turned(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    """The coalesced ``[N, n_groups]`` parts as the kernels index them, ``[n_groups, N]`` (views)."""
+    """The coalesced ``[N, n_groups]`` parts as kernels index them, ``[n_groups, N]`` (views)."""
     return (scale.mT, zero_point.mT) if scale.ndim == zero_point.ndim == 2 else (scale, zero_point)
 
 
