@@ -150,8 +150,8 @@ def compiled() -> list[dict]:
 def test_all_compile(compiled):
     names = {entry["kernel"] for entry in compiled}
     assert names == {
-        "_arrange_kernel", "_dequantize_kernel", "_gemm_kernel", "_matvec_kernel", "_quantize_kernel",
-        "_stream_kernel", "_w4a8_kernel",
+        "_arrange_kernel", "_dequantize_kernel", "_gemm_kernel", "_matvec_kernel",
+        "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
     }  # fmt: skip
 
 
