@@ -61,6 +61,8 @@ def jobs():
             name = f"W4A8 M={M} N={N} {'coalesced' if coalesced else 'plain'}"
             job = linear(triton_w4a8.linear, M, N, K, 32, coalesced=coalesced, bias=False)
             found.append((name, job))
+    job = linear(triton_w4a8.linear, 1, 1, 32, 32)  # Triton turns arguments of 1 into constants
+    found.append(("W4A8 of one row of one block", job))
     packed, by_row = empty(4096, 2048, dtype=torch.int8), empty(4096, 32)
     x = empty(16, 4096)
     found += [
@@ -156,8 +158,9 @@ def test_all_compile(compiled):
 
 
 def test_no_spills(compiled):
-    """None, but for 16 bytes in the plain GEMM, where it adds up a split K after its loop."""
-    allowed = {"_gemm_kernel": 16}
+    """None, but for 16 bytes in the plain GEMM, where it adds up a split K after its loop, and 32
+    in W4A8 at M = 8, whose tile was measured the fastest of eight."""
+    allowed = {"_gemm_kernel": 16, "_w4a8_kernel": 32}
     spilled = [e for e in compiled if e["stack"] > allowed.get(e["kernel"], 0)]
     assert not spilled
     assert all(e["registers"] <= MAX_REGISTERS for e in compiled)
@@ -166,7 +169,7 @@ def test_no_spills(compiled):
 def test_w4a8_passes_nothing_through_shared_memory(compiled):
     """Every thread loads what it multiplies: the only shared memory is that of the last sum."""
     found = [e for e in compiled if e["kernel"] == "_w4a8_kernel"]
-    assert len(found) == 8 and all(e["shared"] <= 512 for e in found)
+    assert len(found) == 9 and all(e["shared"] <= 512 for e in found)
 
 
 def test_shared_memory(compiled):

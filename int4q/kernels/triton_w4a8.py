@@ -246,7 +246,7 @@ def _w4a8_kernel(
                  x[4][:, None], x[5][:, None], x[6][:, None], x[7][:, None])  # fmt: skip
             dot = block_dot(w, x, ON_GPU)
             if STORE_SUMS:
-                at = (row[None, :] + m * N.to(tl.int64)) * blocks + block[:, None]
+                at = (row[None, :] + m * tl.cast(N, tl.int64)) * blocks + block[:, None]
                 tl.store(sums_ptr + at, dot >> 4, mask=inside[:, None] & live[None, :])
             added = dot.to(tl.float32) * (s * d[:, None]) + z * part[:, None]
             total = total + (acc[m] + added,)
@@ -256,7 +256,7 @@ def _w4a8_kernel(
         if HAS_BIAS:
             y += tl.load(bias_ptr + rows, mask=live, other=0.0).to(tl.float32)
         y = rounded(y, out_ptr.dtype.element_ty, ON_GPU)
-        tl.store(out_ptr + m * N.to(tl.int64) + rows, y, mask=live)
+        tl.store(out_ptr + m * tl.cast(N, tl.int64) + rows, y, mask=live)
 
 
 def _as_blocks(qdata: Tensor) -> Tensor:

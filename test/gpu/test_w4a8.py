@@ -205,20 +205,32 @@ def test_compiled_under_cuda_graphs(layout, activation_dtype):
 
 AOT = """
 import sys, torch, int4q
-program, path, x, y = sys.argv[1], sys.argv[2], *torch.load(sys.argv[3])
-torch._inductor.aoti_compile_and_package(torch.export.load(program), package_path=path)
-torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), y, rtol=2e-2, atol=2e-2)
+x, programs = torch.load(sys.argv[1])
+for name, (program, y) in programs.items():
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.load(program), package_path=program + ".aot.pt2"
+    )
+    got = torch._inductor.aoti_load_package(package)(x)
+    torch.testing.assert_close(got, y, rtol=2e-2, atol=2e-2)
+    print(name, flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout,activation_dtype", MODELS)
 @torch.no_grad()
-def test_aot_inductor(layout, activation_dtype, tmp_path):
-    """In a process of its own, as a server would run it."""
-    m, x = model(layout, activation_dtype), torch.randn(2, 256, device="cuda", dtype=BF16)
-    paths = [str(tmp_path / name) for name in ("program.pt2", "aot.pt2", "xy.pt")]
-    torch.export.save(torch.export.export(m, (x,)), paths[0])
-    torch.save((x, m(x)), paths[2])
-    done = subprocess.run([sys.executable, "-c", AOT, *paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_aot_inductor(tmp_path):
+    """In a process of its own, as a server would run it; a model without int4q goes first."""
+    x = torch.randn(2, 256, device="cuda", dtype=BF16)
+    models = {"dense": nn.Linear(256, 128).cuda().bfloat16()}
+    models |= {f"{layout.__name__} {dtype}": model(layout, dtype) for layout, dtype in MODELS}
+    programs = {}
+    for i, (name, m) in enumerate(models.items()):
+        path = str(tmp_path / f"{i}.pt2")
+        torch.export.save(torch.export.export(m, (x,)), path)
+        programs[name] = path, m(x)
+    torch.save((x, programs), tmp_path / "all.pt")
+    arguments = [sys.executable, "-c", AOT, str(tmp_path / "all.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode and "dense" not in done.stdout:
+        pytest.skip(f"AOTInductor does not run a dense model here: {done.stderr[-500:]}")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
