@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", choices=sorted(SETS), default="core", help="gpu: which layers")
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu, decode: sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
-    parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
+    parser.add_argument("--peers", nargs="*", help="only these (default: all installed)")
     parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])
 
 
@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
         cpu.run(arguments.out, arguments.threads)
         return
     if arguments.device == "decode":
-        decode.run(arguments.out, tuple(arguments.groups))
+        peers = None if arguments.peers is None else tuple(arguments.peers)
+        decode.run(arguments.out, tuple(arguments.groups), peers=peers)
         return
     gpu.run(
         arguments.out, arguments.shapes, tuple(arguments.groups), tuple(arguments.rows),

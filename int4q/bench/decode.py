@@ -134,19 +134,21 @@ def numerics(t: Int4Tensor, M: int = 4) -> list[dict]:
     return found
 
 
-def run(out: Path, groups=GROUPS, shapes=SHAPES, rows=ROWS) -> dict:
-    """Measure, write ``decode.json`` and ``decode.md`` into ``out``, print the table."""
+def run(
+    out: Path, groups=GROUPS, shapes=SHAPES, rows=ROWS, peers: tuple[str, ...] | None = None
+) -> dict:
+    """Measure (with Humming unless ``peers`` leaves it out), write ``decode.json`` and ``decode.md`` into ``out``, print the table."""
     from int4q.bench import floor
 
     out.mkdir(parents=True, exist_ok=True)
-    missing = _PEER.missing()
+    missing = _PEER.missing() if peers is None or _PEER.name in peers else "left out"
     result = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "int4q": int4q.__version__,
-        "not_installed": {_PEER.name: missing} if missing else {},
+        "not_run": {_PEER.name: missing} if missing else {},
         "rows": [],
         "numerics": [],
     }
@@ -202,6 +204,8 @@ def markdown(result: dict) -> str:
         ]  # fmt: skip
         head = [f"{r['N']} x {r['K']}", str(r["group_size"]), str(r["M"]), f"{r['floor_us']:.1f}"]
         lines.append("| " + " | ".join(head + cells) + " |")
+    if "note" in result:
+        lines += ["", result["note"]]
     return "\n".join([*lines, "", *_worth(rows), "", *_errors(result["numerics"])]) + "\n"
 
 
