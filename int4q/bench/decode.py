@@ -137,7 +137,10 @@ def numerics(t: Int4Tensor, M: int = 4) -> list[dict]:
 def run(
     out: Path, groups=GROUPS, shapes=SHAPES, rows=ROWS, peers: tuple[str, ...] | None = None
 ) -> dict:
-    """Measure (with Humming unless ``peers`` leaves it out), write ``decode.json`` and ``decode.md`` into ``out``, print the table."""
+    """Measure, write ``decode.json`` and ``decode.md`` into ``out``, print the table.
+
+    Humming is run where it is installed, unless ``peers`` leaves it out.
+    """
     from int4q.bench import floor
 
     out.mkdir(parents=True, exist_ok=True)
