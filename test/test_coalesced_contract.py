@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, KernelPreference, kernel_preference
-from int4q.kernels import registry
+from int4q.kernels import reference, registry
+from int4q.packing import unpack_nibbles
 
 N, K, GROUP = 8, 128, 32
 COALESCED = CudaCoalescedInt4Tensor.from_hp(torch.randn(N, K), [1, GROUP])
@@ -83,6 +84,31 @@ def test_what_is_right_is_taken():
     x = GOOD["x"] * GOOD["act_pre_scale"]
     exact = F.linear(x, COALESCED.dequantize(), GOOD["bias"])
     torch.testing.assert_close(y, exact, rtol=0, atol=2e-2 * float(exact.abs().max()))
+
+
+def test_activations_are_rounded_half_to_even_in_blocks_of_32():
+    x = torch.zeros(1, 64)
+    x[0, :6] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -126.5])  # d = 1
+    x[0, 32:34] = torch.tensor([-254.0, 3.0])  # d = 2: another block, another scale
+    xq, d = reference.quantize_activation(x)
+    assert d.tolist() == [[1.0, 2.0]] and xq.dtype == torch.int8
+    assert xq[0, 0, :6].tolist() == [127, 0, 2, 2, 0, -126] and not xq[0, 0, 6:].any()
+    assert xq[0, 1, :2].tolist() == [-127, 2]
+    for odd in (float("nan"), float("inf")):
+        x[0, 40] = odd
+        xq, d = reference.quantize_activation(x)
+        assert d[0, 0] == 1 and d[0, 1].isnan() and not xq[0, 1].any()
+
+
+def test_integer_sums_of_the_reference_are_plain_integer_arithmetic():
+    x = torch.randn(3, K)
+    xq, _ = reference.quantize_activation(x)
+    q = unpack_nibbles(COALESCED.qdata).long()
+    dots = reference.int8_dots(xq, COALESCED.qdata)
+    assert dots.dtype == torch.int32 and dots.shape == (3, K // 32, N)
+    for b in range(K // 32):
+        expected = xq[:, b].long() @ q[:, 32 * b : 32 * b + 32].T
+        assert torch.equal(dots[:, b].long(), expected)
 
 
 FIELDS = ["qdata", "scale", "zero_point", "block_size", "shape"]

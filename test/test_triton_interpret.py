@@ -174,6 +174,8 @@ else:
         x = x.float()
         x[3], x[4, 32:64] = 2e-44 * torch.randn(96), 1e-43
         x[5, :32] = torch.arange(32) * 1e33
+        x[5, 32:64] = torch.arange(32) - 15.5  # halves, to even
+        x[5, 32] = 127
         sums = torch.empty(6, 5, 3, dtype=torch.int32)
         y = triton_w4a8.linear(x, qdata, scale, zero, 32, sums=sums)
         xq, d = reference.quantize_activation(x)

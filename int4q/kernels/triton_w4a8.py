@@ -209,6 +209,7 @@ def _w4a8_kernel(
     bias_ptr,  # [N] or unused
     out_ptr,  # [M, N] contiguous
     sums_ptr,  # int32 [M, N, blocks] or unused
+    # (one: 1, see _load_rows)
     N, blocks, stride_wn, stride_sg, stride_sn, stride_zg, stride_zn, one,
     M: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_SUMS: tl.constexpr,
     ON_GPU: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,

@@ -105,6 +105,8 @@ def test_special_rows():
     x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("inf")
     x[3], x[4, :32] = 2e-44 * torch.randn(512, device="cuda"), 1e-43
     x[5, :32] = torch.arange(32, device="cuda") * 1e33
+    x[5, 32:64] = torch.arange(32, device="cuda") - 15.5  # halves, to even
+    x[5, 32] = 127
     for y in (
         triton_w4a8.linear(x, qdata, scale, zero, 64),
         cuda_decode.linear(x, qdata, scale, zero, 64, activation=torch.int8),
