@@ -39,7 +39,7 @@ def cases():
     return {
         "int4_linear": (x, *two, bias),
         "int4_linear_backward": (torch.randn(5, 16), *two),
-        "int4_plain_mm": (x, *coalesced),
+        "int4_plain_mm": (x, *coalesced, bias, torch.rand(64)),
         "int4_bmm": (x3, *three),
         "int4_bmm_backward": (torch.randn(2, 3, 16), *three),
         "int4_grouped_mm": (x, *three, offs),

@@ -90,6 +90,15 @@ def test_auto_takes_the_layout_of_the_fastest_cpu_kernel(monkeypatch, packing, c
     assert type(m[0].weight) is cls and type(m[1].weight) is Int4Tensor
 
 
+def test_auto_takes_the_coalesced_layout_for_int8_activations_only():
+    for dtype, layout in ((torch.int8, CudaCoalescedInt4Tensor), (None, Int4Tensor)):
+        m = nn.Linear(64, 24)  # (N = 24: no CPU packs it)
+        config = Int4WeightOnlyConfig(32, int4_packing_format="auto", activation_dtype=dtype)
+        quantize_(m, config)
+        assert type(m.weight) is layout
+        assert m.weight.activation_dtype == (dtype or torch.bfloat16)
+
+
 def test_activation_dtype_reaches_the_tensor():
     m = nn.Sequential(nn.Linear(64, 32))
     quantize_(

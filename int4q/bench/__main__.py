@@ -1,4 +1,4 @@
-"""``python -m int4q.bench [gpu|cpu]``: measure this machine; JSON, a table and plots."""
+"""``python -m int4q.bench [gpu|cpu|decode]``: measure this machine; JSON, a table and plots."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from int4q.bench import cpu, gpu
+from int4q.bench import cpu, decode, gpu
 from int4q.bench.shapes import GROUPS, ROWS, SETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``int4q bench`` and ``python -m int4q.bench`` take."""
     default = "gpu" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("device", nargs="?", choices=["gpu", "cpu"], default=default)
+    parser.add_argument("device", nargs="?", choices=["gpu", "cpu", "decode"], default=default)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--threads", type=int, help="cpu: torch threads (default: all)")
     parser.add_argument("--shapes", choices=sorted(SETS), default="core", help="gpu: which layers")
-    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu: group sizes")
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu, decode: sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
-    parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
+    parser.add_argument("--peers", nargs="*", help="only these (default: all installed)")
     parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])
 
 
@@ -28,6 +28,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure as asked."""
     if arguments.device == "cpu":
         cpu.run(arguments.out, arguments.threads)
+        return
+    if arguments.device == "decode":
+        peers = None if arguments.peers is None else tuple(arguments.peers)
+        decode.run(arguments.out, tuple(arguments.groups), peers=peers)
         return
     gpu.run(
         arguments.out, arguments.shapes, tuple(arguments.groups), tuple(arguments.rows),

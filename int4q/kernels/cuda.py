@@ -121,6 +121,7 @@ gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_linear")
 dequantized = _triton_kernel(
     "triton_dequantize_cublas", "triton_dequant", "linear", "unsupported_linear"
 )
+triton_int8 = _triton_kernel("triton_w4a8", "triton_w4a8", "linear")
 matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_linear")
 matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_linear")
 gradient = Kernel(

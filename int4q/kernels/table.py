@@ -41,9 +41,13 @@ register("int4_linear", *W4A16)
 register(
     "int4_plain_mm",
     _up_to_int8_rows(cuda.decode_int8),
+    _up_to_int8_rows(cuda.triton_int8),
     _up_to_int8_rows(_reference(reference.linear_int8, "reference_w4a8")),
     *W4A16,
 )
+# A weight whose scales are [N, n_groups] has tables of its own: what reads [n_groups, N] only (or
+# would have to copy) must never be in one of them.
+register("int4_plain_mm_w4a16", *W4A16)
 register(
     "int4_linear_backward",
     cuda.gradient,

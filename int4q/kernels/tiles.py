@@ -22,6 +22,14 @@ class MatvecConfig:
 
 
 @dataclass(frozen=True)
+class W4A8Config:
+    """``num_warps`` warps, a block of 32 k a thread, of ``block_n`` rows each."""
+
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class MatmulConfig:
     block_n: int
     block_m: int

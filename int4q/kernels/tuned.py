@@ -20,7 +20,13 @@ import torch
 
 from int4q import errors
 from int4q.kernels import tuned_table
-from int4q.kernels.tiles import DequantizeConfig, MatmulConfig, MatvecConfig, StreamConfig
+from int4q.kernels.tiles import (
+    DequantizeConfig,
+    MatmulConfig,
+    MatvecConfig,
+    StreamConfig,
+    W4A8Config,
+)
 from int4q.kernels.tuned_table import Device, Table
 
 DEQUANTIZE_FROM_M = 3072
@@ -229,6 +235,11 @@ def matvec_rule(N: int, K: int) -> MatvecConfig:
     return MatvecConfig(
         block_n=8 if N > 8192 else 4, block_h=512 if K >= 2048 else 128, num_warps=4
     )
+
+
+def w4a8_config(M: int, N: int, K: int) -> W4A8Config:
+    """Tile of the plain-Triton W4A8 kernel (measured on four large shapes, groups 32 and 128)."""
+    return W4A8Config(block_n=4, num_warps=1 if M > 2 or (N > 8192 and K <= 4096) else 2)
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,6 +22,19 @@ def check(name, got, expected, bound):
         raise SystemExit(f"{name} is wrong")
 
 
+def on_two_streams(x, weight):
+    """What one stream computes while another does the same, and what it computes alone."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    alone = F.linear(x, weight)
+    torch.cuda.synchronize()
+    both = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            both.append(F.linear(x, weight))
+    torch.cuda.synchronize()
+    return torch.cat(both), torch.cat([alone, alone]).double()
+
+
 def main() -> None:
     torch.manual_seed(0)
     for M, N, K in SHAPES:
@@ -36,9 +49,12 @@ def main() -> None:
         for name, t, bound in (("plain", plain, 1e-2), ("a16", a16, 1e-2), ("a8", a8, 5e-2)):
             for call in ("first", "again"):  # the second is a replay, on another copy
                 check(f"{name} {shape} {call}", F.linear(x, t.cuda()), exact, bound)
+        check(f"two streams {shape}", *on_two_streams(x, a8.cuda()), 1e-9)
         with kernel_preference("triton"):
             for call in ("first", "again"):
                 check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
+            check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
+            check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
         packed = (plain.qdata ^ -0x78).cuda()
         scale = plain.scale.mT.contiguous().cuda()
         symmetric = exact - F.linear(
