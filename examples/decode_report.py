@@ -88,7 +88,8 @@ def profile_step(model, replay, steps: int = 3) -> dict:
         done = max(done, end)
     first = [i for i, (name, _) in enumerate(labels) if name == "qkv"]
     first = [i for i in first if labels[i - 1][0] != "qkv"]
-    begin, end = first[len(first) // 2], first[len(first) // 2 + 1]
+    middle = (len(first) - 1) // 2
+    begin, end = first[middle], first[middle + 1]
     zero = events[begin][1]
     return {
         "kernels": len(labels),
@@ -177,7 +178,16 @@ def _layout_gain(rows: list[dict]) -> list[str]:
         for (variant, group, head), value in speed.items()
         if variant == "coalesced W4A16" and ("plain W4A16", group, head) in speed
     ]
-    return ["", "Tokens/s, coalesced over plain scales, both W4A16: " + ", ".join(gains) + "."]
+    lines = ["", "Tokens/s, coalesced over plain scales, both W4A16: " + ", ".join(gains) + "."]
+    chosen = {(r["variant"], r["group_size"], r["lm_head"]): r["checked_tokens"] for r in rows}
+    pairs = [
+        (tokens, chosen["plain W4A16", group, head])
+        for (variant, group, head), tokens in chosen.items()
+        if variant == "coalesced W4A16" and ("plain W4A16", group, head) in chosen
+    ]
+    same = sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+    every = sum(len(tokens) for tokens, _ in pairs)
+    return [*lines, f"Of the first tokens that both choose, {same} of {every} are the same."]
 
 
 NOTES = """\
