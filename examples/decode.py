@@ -131,8 +131,10 @@ def read_bandwidth(device: torch.device) -> float | None:
     return words.nbytes / median(times[1:])
 
 
-def measure(model: Decoder, context: int, tokens: int, bandwidth: float | None) -> dict:
-    """Check the captured step, then time it.
+def measure(
+    model: Decoder, context: int, tokens: int, bandwidth: float | None
+) -> tuple[dict, Callable[[], None]]:
+    """Check the captured step, then time it; returns the figures and the step.
 
     Raises:
         RuntimeError: it does not choose the tokens that the uncaptured step chooses.
@@ -154,51 +156,50 @@ def measure(model: Decoder, context: int, tokens: int, bandwidth: float | None) 
     if bandwidth:
         row["floor_ms"] = needed / bandwidth * 1e3
         row["fraction"] = row["floor_ms"] / row["ms"]
-    return row | {"step": step}
+    return row, step
 
 
-def bench_preset(name: str, options: argparse.Namespace, bandwidth: float | None):
-    """Yield one row a variant and head; one model at a time is in memory."""
+def bench_preset(name: str, options: argparse.Namespace, bandwidth: float | None) -> Iterator[dict]:
+    """One row a variant and precision of the head; one model at a time is in memory."""
     shape, device = PRESETS[name], options.device
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(shape.vocab, (options.context,), generator=generator).to(device)
-    base = str(dtype).removeprefix("torch.")
+    max_len = options.context + max(options.tokens, CHECKED) + 1
     exact: dict[int | None, Tensor] = {}
-    for variant in variants(options.group_sizes, base):
+    for variant in variants(options.group_sizes, str(dtype).removeprefix("torch.")):
+        about = {"preset": name, "variant": variant.name, "group_size": variant.group_size}
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         clock = time.perf_counter()
-        max_len = options.context + max(options.tokens, CHECKED) + 1
         model = Decoder(shape, variant.config, max_len, device, dtype)
-        about = {"preset": name, "variant": variant.name, "group_size": variant.group_size}
         if on_gpu:
             torch.cuda.synchronize()
             about["build_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         about["build_s"] = time.perf_counter() - clock
         model.prefill(prompt)
-        logits = first_logits(model, options.context)
-        about |= _compared(variant, logits, exact)
-        for head in ("16 bits", "int4") if variant.config else ("16 bits",):
+        about |= _compared(variant, first_logits(model, options.context), exact)
+        for head in _heads(variant, options.lm_head):
             if head == "int4":
-                if options.lm_head == "bf16":
-                    continue
                 quantize_(model.head, variant.config)
-            elif options.lm_head == "int4" and variant.config:
-                continue
-            row = measure(model, options.context, options.tokens, bandwidth)
-            step = row.pop("step")
+            row, step = measure(model, options.context, options.tokens, bandwidth)
             row = about | {"lm_head": head} | row
             if on_gpu and options.profile and head == "16 bits":
                 model.rewind(options.context - 1)
                 row["profile"] = decode_report.profile_step(model, step)
-            del step
+            del step  # the graph, and what it keeps
             yield row
         del model
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+
+
+def _heads(variant: Variant, asked: str) -> tuple[str, ...]:
+    if not variant.packing:
+        return ("16 bits",)
+    return {"bf16": ("16 bits",), "int4": ("int4",), "both": ("16 bits", "int4")}[asked]
 
 
 def _compared(variant: Variant, logits: Tensor, exact: dict[int | None, Tensor]) -> dict:

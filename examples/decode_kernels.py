@@ -187,9 +187,10 @@ class Attention:
     """``attend`` with the scratch memory that the layers of one model share."""
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, device: torch.device):
-        rep = heads // kv_heads
-        if heads % kv_heads or rep & (rep - 1) or rep > 16:
-            raise ValueError(f"heads / kv_heads must be 1, 2, 4, 8 or 16, got {heads}/{kv_heads}")
+        if heads % kv_heads or heads // kv_heads > 16:
+            raise ValueError(
+                f"heads / kv_heads must be a whole number to 16, got {heads}/{kv_heads}"
+            )
         if head_dim & (head_dim - 1) or head_dim < 32:
             raise ValueError(f"head_dim must be a power of two of 32 or more, got {head_dim}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim

@@ -42,7 +42,8 @@ def _device_events(work) -> list[tuple[str, float, float]]:
 
 
 def profile_step(model, replay, steps: int = 3) -> dict:
-    """The time of a replayed step by section, and the timeline of a layer in its middle.
+    """The time of a replayed step by section, and the timeline of a layer in its middle (headed by
+    the kernel in front of it).
 
     A graph's kernels carry no labels, but they are those of the uncaptured step, in its order.
     Kernels overlap (each may start before the one in front has ended), so a kernel counts from
@@ -90,14 +91,14 @@ def profile_step(model, replay, steps: int = 3) -> dict:
     first = [i for i in first if labels[i - 1][0] != "qkv"]
     middle = (len(first) - 1) // 2
     begin, end = first[middle], first[middle + 1]
-    zero = events[begin][1]
+    zero = events[begin - 1][2]
     return {
         "kernels": len(labels),
         "ms": (done - events[0][1]) / 1e3,
         "sections_ms": {name: us / 1e3 for name, us in spent.items()},
         "layer_us": [
             [labels[i][0], labels[i][1][:60], events[i][1] - zero, events[i][2] - zero]
-            for i in range(begin, end)
+            for i in range(begin - 1, end)
         ],
     }
 
@@ -139,20 +140,25 @@ def line(row: dict) -> str:
 
 
 def _table(rows: list[dict]) -> list[str]:
-    lines = ["| weights | tokens/s | ms a token | of what its bytes allow | times bf16 | "
-             "GB of weights | logits off plain's |", "|---" * 7 + "|"]  # fmt: skip
-    base = next((r["ms"] for r in rows if not r["group_size"]), None)
+    base = rows[0]  # the one in high precision
+    head = ["weights", "tokens/s", "ms a token", "of what its bytes allow",
+            f"times {base['variant']}", "GB of weights", "logits off plain's"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [
             _label(row),
             f"{row['tokens_s']:.1f}",
             f"{row['ms']:.2f}",
             f"{row['fraction']:.0%}" if "fraction" in row else "-",
-            f"{base / row['ms']:.2f}" if base else "-",
+            f"{base['ms'] / row['ms']:.2f}",
             f"{row['weight_gb']:.2f}",
             f"{row['logits_error']:.1e}" if "logits_error" in row else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if "floor_ms" in base:
+        ratios = [f"{base['floor_ms'] / row['floor_ms']:.2f}" for row in rows[1:]]
+        lines += ["", f"If all ran at the read bandwidth, times {base['variant']} would be (same "
+                  f"order): {', '.join(ratios)}."]  # fmt: skip
     return lines
 
 
@@ -198,18 +204,24 @@ plain's logits (relative L2 error of the logits behind the prompt at most 2e-2; 
 it, and for W4A8 what int8 activations cost).
 
 "What its bytes allow": all weights of the layers with scales and zero points, the output head, and
-the keys and values of the context, at the read bandwidth measured in the same run. The 4-bit rows
-keep the output head in bfloat16, as `quantize_` does by default, unless they say "4-bit head".
+the keys and values of the context, at the read bandwidth measured in the same run. The output head
+stays in 16 bits, as `quantize_` leaves it by default, in all rows but those with a "4-bit head".
 
 Layers are Llama's (two norms, SiLU) in the named model's sizes. Norm weights are folded into the
 linears; a norm's factor is applied after the linear, by the kernel that follows it, and the
-residual is the linear's bias, so that a layer is four linears and two small kernels.
-`int4_plain_mm` takes no bias: W4A8 adds its residuals in two more kernels a layer.
+residual is the linear's bias. A layer is then four linears and four small kernels: rotary embedding
+with the cache write, attention over shares of the cache, their merge, and SiLU. `int4_plain_mm`
+takes no bias: W4A8 adds its residuals in two more kernels, which also keep the next linear from
+starting early (the gaps).
+
+In the trace a kernel counts from the end of the one in front to its own end, as a 4-bit linear
+starts, and fetches weights, while the kernels before it still run. Where the activations do not fit
+into each thread block's memory, a linear is two kernels: one quantises them.
 
 Other projects report 1.28 to 1.38 times the tokens/s for the coalesced layout. Their plain kernels
-load a scale a lane, each from another cache line; int4q's copy the plain scales of a tile to shared
-memory, whole lines at a time, so that there is little left to gain, and the layout is worth its
-name only to kernels without that stage.
+load a scale a lane, each from another cache line; int4q's read the scales of neighbouring rows as
+whole vectors (large weights' through shared memory), which leaves the layout little to gain:
+something at group 32 of the largest layers, nothing elsewhere.
 """
 
 
@@ -250,8 +262,7 @@ def write_all(folder: Path, result: dict) -> None:
     """``decode_e2e.json``, ``.md``, and ``.png`` where there is a profile and matplotlib."""
     write(folder / "decode_e2e.json", result)
     write(folder / "decode_e2e.md", markdown(result))
-    rows = [row for row in result["rows"] if "profile" in row]
-    if rows:
+    if rows := [row for row in result["rows"] if "profile" in row]:
         plot(rows, folder / "decode_e2e.png")
 
 
@@ -276,7 +287,7 @@ def plot(rows: list[dict], path: Path) -> None:
         smallest = min((r["group_size"] for r in of_preset if r["group_size"]), default=None)
         shown = [r for r in of_preset if r["group_size"] == smallest]
         _plot_layer(times, shown)
-        times.set_title("one layer in its middle, us (kernels overlap)", loc="left")
+        times.set_title("a layer in its middle, us; pale: started before its turn", loc="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=len(COLOURS))
     part = path.with_suffix(".part")
@@ -302,9 +313,18 @@ def _plot_bars(axes, rows: list[dict]) -> None:
 
 
 def _plot_layer(axes, rows: list[dict]) -> None:
+    """Solid from the end of the kernel in front; pale where both run."""
     for y, row in enumerate(rows):
-        for i, (name, _, begin, end) in enumerate(row["profile"]["layer_us"]):
-            axes.barh(y + (i % 2 - 0.5) * 0.35, end - begin, 0.33, begin, color=COLOURS[name])
+        (*_, origin), *kernels = row["profile"]["layer_us"]
+        done = origin
+        for i, (name, _, begin, end) in enumerate(kernels):
+            own = max(begin, done)
+            axes.barh(y, end - own, 0.36, own - origin, color=COLOURS[name], ec="white", lw=0.5)
+            if begin < own:
+                left = max(begin, origin) - origin
+                place = y + 0.24 + i % 3 * 0.09
+                axes.barh(place, own - origin - left, 0.07, left, color=COLOURS[name], alpha=0.45)
+            done = max(done, end)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)

@@ -123,6 +123,21 @@ def test_logits_that_differ_between_layouts_are_refused():
         decode._compared(coalesced, plain * 1.1, exact)
 
 
+def test_the_published_tables_are_those_of_the_published_figures(tmp_path):
+    import decode_report
+
+    folder = Path(__file__).parent.parent / "docs" / "benchmarks" / "h200"
+    result = json.loads((folder / "decode_e2e.json").read_text())
+    assert decode_report.markdown(result) == (folder / "decode_e2e.md").read_text()
+    for row in result["rows"]:
+        if profile := row.get("profile"):
+            assert sum(profile["sections_ms"].values()) == pytest.approx(profile["ms"])
+            assert profile["ms"] == pytest.approx(row["ms"], rel=0.03)  # tracing slows nothing
+    pytest.importorskip("matplotlib")
+    decode_report.plot([r for r in result["rows"] if "profile" in r], tmp_path / "time.png")
+    assert (tmp_path / "time.png").stat().st_size > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("context", [1, 2, 63, 64, 65, 700])
 @pytest.mark.parametrize("heads", [(4, 2, 32), (32, 8, 128), (32, 16, 256)])
