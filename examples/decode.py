@@ -235,6 +235,8 @@ def main(argv: list[str] | None = None) -> dict:
     if options.context < 2 or options.tokens < 1:
         parser.error("--context must be at least 2 and --tokens at least 1")
 
+    if options.device.index is not None and options.device.type == "cuda":
+        torch.cuda.set_device(options.device)  # where events and graphs are made
     bandwidth = read_bandwidth(options.device)
     result = decode_report.header(options, bandwidth)
     for name in options.preset:
