@@ -27,6 +27,11 @@ def examples(monkeypatch):
     # Its fills would be kernels between those of the example.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
+    # Matrices this small gain nothing from threads, and much time is lost where cores are shared.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(config, device: str):
