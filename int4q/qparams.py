@@ -94,6 +94,10 @@ def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor
     """
     if algorithm not in ALGORITHMS:
         raise errors.value(f"the algorithm must be one of {sorted(ALGORITHMS)}", repr(algorithm))
+    if w.ndim > 2 and not w.is_contiguous():  # one matrix at a time: no copy of a transposed stack
+        each = [quantize(matrix, group_size, algorithm) for matrix in w]
+        if each:
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     rows = w.reshape(-1, w.shape[-1])
     n_rows, K = rows.shape
     n_groups = K // group_size

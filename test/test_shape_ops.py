@@ -132,6 +132,11 @@ def test_reshaping(t, data):
         assert_same(
             lambda x: x.flatten(*dims).unflatten(dims[0], x.shape[dims[0] : dims[1] + 1]), t
         )
+    if g > 0:  # dims before the grouped one merge into it: groups stay whole
+        before = list(range(g + 1))
+        assert_same(lambda x: x.flatten(0, g), t)
+        assert_same(lambda x: x.flatten(0, g).unflatten(0, [x.shape[d] for d in before]), t)
+        assert_same(lambda x: x.flatten(g - 1, g).reshape(x.shape), t)
     assert_same(lambda x: x.reshape(x.shape), t)
     assert_same(lambda x: x.view(*x.shape[:-1], -1), t)
 
@@ -225,7 +230,7 @@ REFUSED = {
     "columns": (lambda t: t[:, torch.tensor([1])], ValueError, "indexing by a tensor must not"),
     "two indices": (lambda t: t[torch.tensor([0]), torch.tensor([0])], ValueError, "one index tensor"),
     "mask shape": (lambda t: t[torch.tensor([True])], IndexError, "mask for dim 0"),
-    "mixes groups": (lambda t: t.view(-1), ValueError, "must keep the grouped dim"),
+    "mixes groups": (lambda t: t.mT.reshape(-1), ValueError, "must keep the grouped dim"),
     "half groups": (lambda t: t.view(-1, 8, 16), ValueError, "must keep the grouped dim"),
     "count": (lambda t: t.reshape(3, 128), ValueError, "keep the 1024 elements"),
     "count -1": (lambda t: t.reshape(-1, 3, 128), ValueError, "keep the 1024 elements"),

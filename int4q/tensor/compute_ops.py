@@ -63,8 +63,25 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
     return w._linear(x, bias)
 
 
+def weight_first(op: str, w: Int4TensorBase, x: Tensor) -> Tensor:
+    """``w [.., N, K] @ x [.., K, M]`` by ``(x.T @ w.T).T``, in ``x``'s dtype.
+
+    The plain meaning, for ``bmm`` too: it contracts the last dim of ``w`` and the last but one
+    of ``x``.
+    """
+    _only_weight(op, x, w)
+    if w.ndim < 2 or x.ndim != w.ndim:
+        raise errors.value(
+            f"{op} of a 4-bit weight and an activation takes the same number of dims, 2 or 3",
+            f"{errors.dims(w.shape)} and {errors.dims(x.shape)}",
+        )
+    return matmul(x.transpose(-1, -2), transpose(w, -1, -2)).transpose(-1, -2)
+
+
 def matmul(x: Tensor, w: Int4TensorBase) -> Tensor:
     """``x @ w`` in torch's plain meaning: it contracts the last but one dim of ``w``."""
+    if isinstance(x, Int4TensorBase):
+        return weight_first("matmul", x, w)
     _only_weight("matmul", x, w)
     if w.ndim == 2:
         return linear(x, transpose(w, 0, 1))
@@ -75,11 +92,13 @@ def matmul(x: Tensor, w: Int4TensorBase) -> Tensor:
 
 
 def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
-    """``[B, M, K]`` times a stack, to ``[B, M, N]``.
+    """``x [B, M, K]`` times a stack, to ``[B, M, N]``; a stack times ``x``: :func:`weight_first`.
 
     The grouped dim of ``w`` is the one contracted: a stack as quantised, ``[B, N, K]``
     (torchao's convention), and its transpose ``[B, K, N]`` (torch's plain meaning) give the same.
     """
+    if isinstance(x, Int4TensorBase):
+        return weight_first("bmm", x, w)
     _only_weight("bmm", x, w)
     if w.ndim != 3 or w.grouped_dim == 0:
         raise errors.value(
