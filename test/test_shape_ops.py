@@ -181,6 +181,29 @@ def test_slices_and_views_alias_the_storage(layout):
             assert part.untyped_storage().data_ptr() == whole.data_ptr(), name
 
 
+VIEWS = {
+    "select": lambda t: t[1], "slice": lambda t: t[:, 2:4], "transpose": lambda t: t.mT,
+    "permute": lambda t: t.permute(1, 0, 2), "narrow": lambda t: t.narrow(1, 3, 2),
+    "chunk": lambda t: t.chunk(2, 1)[1], "unbind": lambda t: t.unbind(0)[0],
+    "unsqueeze": lambda t: t.unsqueeze(0), "squeeze": lambda t: t[:1].squeeze(0),
+    "view": lambda t: t.view(2, 6, 2, 64), "detach": lambda t: t.detach(), "data": lambda t: t.data,
+    "flatten": lambda t: t.flatten(0, 1), "clone": lambda t: t.clone(),
+    "contiguous": lambda t: t.contiguous(), "index": lambda t: t[torch.tensor([1, 0])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", VIEWS)
+@pytest.mark.parametrize("made_outside", [True, False])
+def test_inference_mode(layout, op, made_outside):
+    """Also on weights made outside of it, whose views are no inference tensors."""
+    with torch.inference_mode(not made_outside):
+        t = torch.nn.Parameter(quantised(layout, 2, 6, 128), requires_grad=False)
+    expected = VIEWS[op](t.dequantize())
+    with torch.inference_mode():
+        assert torch.equal(VIEWS[op](t).dequantize(), expected)
+        assert t.to(torch.float16).dtype == torch.float16
+
+
 def test_writing_through_a_slice_changes_the_whole(layout):
     t, part = quantised(layout, 6, 128), quantised(layout, 2, 64)
     t[2:4, 64:].copy_(part)
