@@ -50,8 +50,9 @@ class Int4WeightOnlyConfig(AOBaseConfig):
             the fastest of them for the device that the weight is on.
         int4_choose_qparams_algorithm: ``"tinygemm"`` (min-max) or ``"hqq"``.
         version: 2; there is no other.
-        activation_dtype: ``torch.bfloat16`` (W4A16) or, for ``"cuda_coalesced"``, ``torch.int8``;
-            ``None`` is the format's default.
+        activation_dtype: ``torch.bfloat16`` (W4A16), ``torch.float8_e4m3fn`` for ``"plain"`` (rows
+            of activations quantised at run time, weights symmetric), ``torch.int8`` for
+            ``"cuda_coalesced"``; ``None`` is the format's default.
         contracted_dim: the weight's dim that its matmul sums over, along which groups run: -1
             (``[.., N, K]``), -2 (``[.., K, N]``, as GPT-OSS holds its experts: the result keeps
             that shape), or ``None``: what the module declares, see :func:`contracted_dim`.
@@ -93,8 +94,18 @@ class Int4WeightOnlyConfig(AOBaseConfig):
                 f"{errors.dtypes(allowed)}",
                 self.activation_dtype,
             )
+        minmax = Int4ChooseQParamsAlgorithm.TINYGEMM
+        if self._fp8 and self.int4_choose_qparams_algorithm is not minmax:
+            raise errors.value(
+                "float8 activations take symmetric weights, which the default algorithm makes",
+                repr(self.int4_choose_qparams_algorithm.value),
+            )
         if self.contracted_dim not in (None, -1, -2):
             raise errors.value("contracted_dim must be -1, -2 or None", self.contracted_dim)
+
+    @property
+    def _fp8(self) -> bool:
+        return self.activation_dtype == torch.float8_e4m3fn
 
     def _get_format(self) -> str:
         return self._packing_format
@@ -210,7 +221,7 @@ def quantize_tensor(
         )
         layout = Int4Tensor
     block_size = [1] * (w.ndim - 1) + [config.group_size]
-    algorithm = config.int4_choose_qparams_algorithm.value
+    algorithm = None if config._fp8 else config.int4_choose_qparams_algorithm.value
     try:
         new = layout.from_hp(w.transpose(dim, -1), block_size, config.activation_dtype, algorithm)
         return new if dim == -1 else new.transpose(dim, -1)

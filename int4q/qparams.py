@@ -46,6 +46,17 @@ def symmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(torch.int8), scale, torch.zeros_like(scale)
 
 
+def symmetric_full_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric with all 16 levels, bit for bit what fbgemm's ``int4_row_quantize`` computes.
+
+    ``scale = max(|w|, 1e-6) / 8``, zero point 0; a largest value that is positive becomes 7 / 8
+    of itself. The format of weights for float8 activations, as torchao holds them.
+    """
+    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / -Q_MIN
+    q = (groups / scale).round_().clamp_(Q_MIN, Q_MAX)
+    return q.to(torch.int8), scale, torch.zeros_like(scale)
+
+
 def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     """Half-quadratic quantisation: min-max scales, zero points refined against an l_0.7 norm.
 
@@ -74,7 +85,14 @@ def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 
 Algorithm = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-ALGORITHMS: dict[str, Algorithm] = {"tinygemm": minmax, "symmetric": symmetric, "hqq": hqq}
+ALGORITHMS: dict[str, Algorithm] = {
+    "tinygemm": minmax,
+    "symmetric": symmetric,
+    "symmetric_full_range": symmetric_full_range,
+    "hqq": hqq,
+}
+SYMMETRIC = ("symmetric", "symmetric_full_range")
+"""Algorithms whose zero points are all 0."""
 
 
 def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,10 @@ def test_defaults_are_torchaos():
         (dict(group_size=48), "group_size must be one of"),
         (dict(int4_packing_format="preshuffled"), "int4_packing_format must be one of"),
         (dict(int4_choose_qparams_algorithm="awq"), "algorithm must be one of"),
-        (dict(activation_dtype=torch.int8), "activation_dtype of 'plain' must be bfloat16"),
+        (
+            dict(activation_dtype=torch.int8),
+            "activation_dtype of 'plain' must be bfloat16 or float8",
+        ),
     ],
 )
 def test_construction_checks(arguments, message):

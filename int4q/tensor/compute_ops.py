@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from int4q import errors
+from int4q.kernels.fp8 import scaled_back
 from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor.base import Int4TensorBase
@@ -44,6 +47,15 @@ def _dequantized(w: Int4TensorBase, x: Tensor) -> Tensor:
             f"a weight with act_pre_scale contracts its grouped dim {w.grouped_dim}", "another one"
         )
     return w.dequantize(x.dtype)
+
+
+def _on_activation(x: Tensor, w: Int4TensorBase, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """``product`` of the activation scaled, and quantised to float8, as ``w`` asks."""
+    x = _autocast(x)
+    if w.activation_dtype != torch.float8_e4m3fn:
+        return product(pre_scaled(x, w.act_pre_scale))
+    values, rows = torch.ops.int4q.fp8_rows(x, w.act_pre_scale)
+    return scaled_back(product(values), rows, None, x.dtype)
 
 
 def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
@@ -105,9 +117,8 @@ def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
             "bmm takes a 3-D weight grouped along one of its last two dims",
             f"{errors.dims(w.shape)} with block_size {w.block_size}",
         )
-    x = _autocast(x)
-    x = pre_scaled(x, w.act_pre_scale)
-    return torch.ops.int4q.int4_bmm(x, *w._weight_parts(), w.group_size)
+    weight = *w._weight_parts(), w.group_size
+    return _on_activation(x, w, lambda x: torch.ops.int4q.int4_bmm(x, *weight))
 
 
 def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=None, out_dtype=None):
@@ -125,8 +136,8 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
     if x.ndim == 3 and offs is None:
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
-        x = pre_scaled(_autocast(x), w.act_pre_scale)
-        y = torch.ops.int4q.int4_grouped_mm(x, *w._weight_parts(), w.group_size, offs)
+        weight = *w._weight_parts(), w.group_size, offs
+        y = _on_activation(x, w, lambda x: torch.ops.int4q.int4_grouped_mm(x, *weight))
     else:
         raise errors.value(
             "grouped_mm takes x [T, K], w [E, K, N] grouped along K, and offs [E]",
