@@ -359,7 +359,7 @@ def test_int4q_experts_held_elsewhere_add_nothing(make, E):
     x, index, weights = route(9, E, highest=E + 1)
     assert (index == E).any()
     expected = quantised(x, index.clamp(max=E - 1), weights.masked_fill(index == E, 0))
-    quantised._is_expert_parallel = True
+    quantised._is_expert_parallel = True  # what transformers sets where the case can occur
     assert_close(quantised(x, index.masked_fill(index == E, E), weights.clone()), expected)
 
 

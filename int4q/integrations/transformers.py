@@ -38,21 +38,23 @@ def experts_forward(
         ``[T, H]`` in the dtype of ``hidden_states``.
     """
     T, top_k = top_k_index.shape
+    if top_k_weights.shape != top_k_index.shape:  # [T, E], as some routers of 5.0 give them
+        top_k_weights = top_k_weights.gather(1, top_k_index)
+    E = self.down_proj.shape[0]
     expert, order = top_k_index.reshape(-1).sort(stable=True)
-    number = torch.arange(self.num_experts, device=expert.device)
+    number = torch.arange(E, device=expert.device)
     offs = torch.searchsorted(expert, number, right=True, out_int32=True)
-    elsewhere = expert.unsqueeze(-1) >= self.num_experts if self._is_expert_parallel else None
-    row = expert.clamp(max=self.num_experts - 1) if self._is_expert_parallel else expert
+    row = expert.clamp(max=E - 1)  # where its bias is; for experts held elsewhere any
 
-    up = "gate_up_proj" if self.has_gate else "up_proj"
-    y = _grouped_linear(self, up, hidden_states[order // top_k], offs, row)
-    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    has_gate = getattr(self, "has_gate", True)
+    x = hidden_states[order // top_k]
+    y = _grouped_linear(self, "gate_up_proj" if has_gate else "up_proj", x, offs, row)
+    y = self._apply_gate(y) if has_gate else self.act_fn(y)
     y = _grouped_linear(self, "down_proj", y, offs, row)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1, 1)[order]
-    if elsewhere is not None:
-        y = y.masked_fill(elsewhere, 0)
+    y = y.masked_fill(expert.unsqueeze(-1) >= E, 0)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
     return y[back].view(T, top_k, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
@@ -64,8 +66,8 @@ def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, row: Te
     w = w if self.is_transposed else w.transpose(-2, -1)
     if isinstance(w, Int4TensorBase):
         y = grouped_mm(x, w, offs)
-    else:
-        y = moe._grouped_mm(x, w, offs)  # a layer that was left as it is
+    else:  # a layer that was left as it is
+        y = getattr(moe, "_grouped_mm", torch._grouped_mm)(x, w, offs=offs)
     return y + getattr(self, f"{name}_bias")[row] if self.has_bias else y
 
 
@@ -81,8 +83,9 @@ def register() -> None:
     torch's (compiled, with another dtype than bfloat16).
     """
     moe.ExpertsInterface.register(NAME, experts_forward)
-    for layout in Int4TensorBase.__subclasses__():  # a class has copied its base's table
-        layout.implements(torch.ops.transformers.grouped_mm_fallback.default)(_fallback)
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    for layout in Int4TensorBase.__subclasses__() if fallback else ():
+        layout.implements(fallback.default)(_fallback)  # a class has copied its base's table
 
 
 register()

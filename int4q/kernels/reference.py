@@ -142,8 +142,10 @@ def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Te
     dtype = fp8_values_dtype(x.dtype)
     x = pre_scaled(x, act_pre_scale).float()
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=FP8_SMALLEST_AMAX)
-    values = (x * (FP8_MAX / amax)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return values.to(dtype), amax / FP8_MAX
+    # Tensors on both sides: torch may divide by a number through its rounded reciprocal.
+    largest = torch.full_like(amax, FP8_MAX)
+    values = (x * (largest / amax)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.to(dtype), amax / largest
 
 
 def linear_fp8(

@@ -43,8 +43,8 @@ def assert_close(got, expected, tolerance):
 
 @needs_fbgemm
 @pytest.mark.parametrize("M", [1, 17, 64, 128, 129, 1000])
-@pytest.mark.parametrize("group", [128, 256])
-@pytest.mark.parametrize("scale_dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("group", [64, 128, 256])
+@pytest.mark.parametrize("scale_dtype", [BF16, FP32])
 def test_rowwise(M, group, scale_dtype):
     t = weight(520, 768, group=group, dtype=scale_dtype)
     x = torch.randn(M, 768, device="cuda", dtype=BF16)
@@ -70,10 +70,11 @@ def test_rowwise_bias_scale_and_no_rows():
 
 @needs_fbgemm
 @pytest.mark.parametrize("M", [1, 16, 100, 300])
-@pytest.mark.parametrize("group", [128, 256])
-def test_rowwise_batched(M, group):
+@pytest.mark.parametrize("group", [64, 128, 256])
+@pytest.mark.parametrize("scale_dtype", [BF16, FP32])
+def test_rowwise_batched(M, group, scale_dtype):
     """Scales of three dims reach the op as it counts groups: K is more than one group here."""
-    t = weight(3, 256, 1024, group=group)
+    t = weight(3, 256, 1024, group=group, dtype=scale_dtype)
     x = torch.randn(3, M, 1024, device="cuda", dtype=BF16)
     got = fbgemm.rowwise_batched.run(x, *parts(t))
     expected = torch.bmm(x.double(), t.dequantize(FP32).double().mT)
@@ -99,8 +100,12 @@ def test_rowwise_fp8(M, dtype):
 def test_refusals():
     x = torch.randn(4, 512, device="cuda", dtype=BF16)
     cases = {
-        "wrong results below group_size 128, got 32": (x, weight(256, 512, group=32)),
-        "wrong results below group_size 128, got 64": (x, weight(256, 512, group=64)),
+        "wrong results below group_size 64, got 32": (x, weight(256, 512, group=32)),
+        "wrong results below group_size 128, got 64": (
+            x,
+            weight(256, 512, group=64, activation=FP8),
+        ),
+        "bfloat16 and float32 scales, not torch.float16": (x, weight(256, 512, dtype=FP16)),
         "N must be a multiple of 8, not 250": (x, weight(250, 512)),
         "takes bfloat16 activations, not torch.float16": (x.half(), weight(256, 512)),
         "reads x as one contiguous block": (x[:, :256], weight(256, 256)),
