@@ -84,9 +84,10 @@ def test_rowwise_batched(M, group, scale_dtype):
 
 @needs_fbgemm
 @pytest.mark.parametrize("M", [1, 16, 64, 200])
+@pytest.mark.parametrize("group", [128, 256])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_rowwise_fp8(M, dtype):
-    t = weight(256, 1024, dtype=dtype, activation=FP8)
+def test_rowwise_fp8(M, group, dtype):
+    t = weight(256, 1024, group=group, dtype=dtype, activation=FP8)
     x = torch.randn(M, 1024, device="cuda", dtype=dtype)
     bias = torch.randn(256, device="cuda", dtype=dtype)
     with kernel_preference("fbgemm"):
@@ -94,14 +95,20 @@ def test_rowwise_fp8(M, dtype):
     assert got.dtype == dtype
     # fbgemm rounds the weights to e4m3 as well, 3 bits of mantissa: some 2.6 % of a product.
     assert_close(got, reference.linear_fp8(x, *parts(t), bias), 5e-2)
+    values, rows = reference.fp8_rows(x)
+    w = t.dequantize(FP32).to(FP8).float()
+    expected = values.float() @ w.t() * rows + bias.float()
+    # 16-bit scales: it rounds q * scale to their dtype first, and e4m3 then goes the other way
+    # for some. Otherwise the bfloat16 result alone is left (0.0017).
+    assert_close(got, expected, 4e-3 if dtype == FP32 else 2.5e-2)
 
 
 @needs_fbgemm
 def test_refusals():
     x = torch.randn(4, 512, device="cuda", dtype=BF16)
     cases = {
-        "wrong results below group_size 64, got 32": (x, weight(256, 512, group=32)),
-        "wrong results below group_size 128, got 64": (
+        "is wrong below group_size 64, got 32": (x, weight(256, 512, group=32)),
+        "is wrong below group_size 128, got 64": (
             x,
             weight(256, 512, group=64, activation=FP8),
         ),
