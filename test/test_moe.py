@@ -384,6 +384,37 @@ def test_int4q_experts_pass_gradients():
         assert_close(got, expected)
 
 
+def test_int4q_experts_without_a_gate_and_with_a_norm():
+    from transformers.integrations.moe import use_experts_implementation
+
+    import int4q.integrations.transformers  # noqa: F401
+
+    @use_experts_implementation(has_gate=False, has_post_expert_norm=True)
+    class Plain(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, self.act_fn = 6, F.gelu
+            self.up_proj = nn.Parameter(torch.randn(6, 96, 64) / 8)
+            self.down_proj = nn.Parameter(torch.randn(6, 64, 96) / 8)
+            self.post_expert_norm = nn.LayerNorm(64)
+
+        def forward(self, x, index, weights):
+            out = torch.zeros_like(x)
+            for t, k in torch.cartesian_prod(*(torch.arange(s) for s in index.shape)):
+                e = index[t, k]
+                y = F.linear(F.gelu(F.linear(x[t], self.up_proj[e])), self.down_proj[e])
+                out[t] += self.post_expert_norm(y) * weights[t, k]
+            return out
+
+    config = transformers.PreTrainedConfig(experts_implementation="int4q")
+    model = nn.ModuleDict({"experts": Plain(config)}).requires_grad_(False)
+    quantize_(model, moe_config(SMALL))
+    assert held(model) == {"experts.up_proj", "experts.down_proj"}
+    got = model["experts"](*route())
+    config._experts_implementation = "eager"
+    assert_close(got, model["experts"](*route()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["int4q", "grouped_mm"])
 def test_compiles_in_one_graph(implementation):
