@@ -28,6 +28,7 @@ def jobs():
     from int4q.kernels import (
         gluon_matmul,
         triton_dequant,
+        triton_fp8,
         triton_matmul,
         triton_matvec,
         triton_w4a8,
@@ -68,6 +69,8 @@ def jobs():
     found += [
         ("gluon symmetric", lambda: gluon_matmul.int4_matmul(x, packed, by_row, 128)),
         ("triton symmetric", lambda: triton_matmul.int4_matmul(x, packed, by_row, 128)),
+        ("fp8 rows", lambda: triton_fp8.fp8_rows(x, by_row[0].repeat(128))),
+        ("fp8 rows, float32", lambda: triton_fp8.fp8_rows(empty(3, 320, dtype=torch.float32))),
         ("matvec", lambda: triton_matvec.int4_matvec(x[:1], packed, by_row, 128)),
         ("dequantise", lambda: triton_dequant.dequant_w4_to_bf16(packed, by_row, 128)),
         (
@@ -178,8 +181,8 @@ def compiled() -> list[dict]:
 def test_all_compile(compiled):
     names = {entry["kernel"] for entry in compiled}
     assert names == {
-        "_arrange_kernel", "_dequantize_kernel", "_gemm_kernel", "_matvec_kernel",
-        "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
+        "_arrange_kernel", "_dequantize_kernel", "_fp8_rows_kernel", "_gemm_kernel",
+        "_matvec_kernel", "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
     }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ else:
     from int4q.kernels import (
         reference,
         triton_dequant,
+        triton_fp8,
         triton_matmul,
         triton_matvec,
         triton_w4a8,
@@ -234,6 +235,36 @@ else:
                 x[:rows], qdata, scale, zero, 32, None, act_pre_scale=factor
             )
             check(y, (x[:rows] * factor).double() @ used.double().t(), BF16)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    def test_fp8_rows(dtype):
+        """Bit for bit the reference's, strides and the activation's scale included."""
+        x = (torch.randn(5, 300) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
+        x[2] = 0
+        factor = torch.rand(150) + 0.5
+        for view, scale in ((x, None), (x[:, ::2], factor), (x[:, 150:], factor.to(dtype))):
+            got, expected = triton_fp8.fp8_rows(view, scale), reference.fp8_rows(view, scale)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert triton_fp8.fp8_rows(x[:0])[0].shape == (0, 300)
+
+    def test_fp8_rounding():
+        """Every e4m3 value, the points halfway between two, and their float32 neighbours."""
+        exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        half = (exact[1:] + exact[:-1]) / 2
+        up, down = (half.nextafter(torch.tensor(v)) for v in (448.0, 0.0))
+        x = torch.cat([exact, half, up, down])
+        x = torch.stack([x, -x])
+        values, rows = triton_fp8.fp8_rows(x)  # the largest is 448: a row's scale is 1
+        assert (rows == 1).all()
+        assert torch.equal(values, x.to(torch.float8_e4m3fn).float())
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    def test_fp8_rows_that_are_not_finite():
+        x = torch.randn(3, 32)
+        x[0, 4], x[1, 5] = float("nan"), float("inf")
+        values, rows = triton_fp8.fp8_rows(x)
+        product = (values * rows).sum(1)
+        assert product[:2].isnan().all() and product[2].isfinite()
 
     def test_slices_of_the_dequantised_weight(monkeypatch):
         """Dequantise + cuBLAS in slices: bounded memory, bias and all columns right."""

@@ -131,6 +131,7 @@ gradient = Kernel(
     on_its_device(grad_input),
 )
 dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequantize")
+fp8_rows = _triton_kernel("triton_fp8_rows", "triton_fp8", "fp8_rows")
 
 symmetric_gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_matmul")
 symmetric_dequantized = _triton_kernel(

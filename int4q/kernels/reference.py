@@ -15,6 +15,10 @@ from int4q.packing import offset_to_signed, unpack_nibbles
 
 INT8_BLOCK = 32
 """Activation elements that share one int8 scale in W4A8."""
+FP8_MAX = 448.0
+"""Largest finite value of float8 e4m3."""
+FP8_SMALLEST_AMAX = 1e-12
+"""What the largest element of a row counts at least, so that a row of zeros has a scale."""
 
 
 def dequantize(
@@ -139,6 +143,53 @@ def linear_int8(
     s = scale.float().repeat_interleave(per_group, dim=0)
     z = zero_point.float().repeat_interleave(per_group, dim=0)
     y = (d.unsqueeze(-1) * (dot * s + total.unsqueeze(-1) * z)).sum(dim=1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def fp8_values_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What holds the e4m3 values of an activation of ``dtype``; both hold them exactly."""
+    return torch.float32 if dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A row of ``x * act_pre_scale`` as ``values * rows``, values in float8 e4m3.
+
+    In float32, with ``amax = max(|x|, 1e-12)`` a row: ``values = e4m3(x * (448 / amax))``, to
+    nearest even, and ``rows = amax / 448``.
+
+    Args:
+        x: floating ``[M, K]``, K at least 1.
+        act_pre_scale: ``[K]``; the product is rounded to x's dtype first.
+
+    Returns:
+        ``values [M, K]`` in :func:`fp8_values_dtype`, and ``rows`` float32 ``[M, 1]``.
+    """
+    dtype = fp8_values_dtype(x.dtype)
+    x = pre_scaled(x, act_pre_scale).float()
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=FP8_SMALLEST_AMAX)
+    # Tensors on both sides: torch may divide by a number through its rounded reciprocal.
+    largest = torch.full_like(amax, FP8_MAX)
+    values = (x * (largest / amax)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.to(dtype), amax / largest
+
+
+def linear_fp8(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+) -> Tensor:
+    """``rows * (values @ W.T) + bias`` with :func:`fp8_rows` and the weight in float32.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    values, rows = fp8_rows(x, act_pre_scale)
+    w = dequantize(qdata, scale, zero_point, group_size, torch.float32)
+    y = F.linear(values.float(), w) * rows
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

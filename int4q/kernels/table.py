@@ -6,7 +6,7 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 
 from __future__ import annotations
 
-from int4q.kernels import cpu, cuda, reference
+from int4q.kernels import cpu, cuda, fbgemm, fp8, reference
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
 INT8_MAX_M = 8
@@ -37,7 +37,10 @@ W4A16 = (
     _reference(reference.linear),
 )
 
-register("int4_linear", *W4A16)
+# fbgemm comes after the reference, which never refuses: it runs where it is asked for only.
+register("int4_linear", *W4A16, fbgemm.rowwise)
+register("int4_linear_fp8", *(fp8.on_fp8_rows(kernel) for kernel in W4A16), fbgemm.rowwise_fp8)
+register(fp8.ROWS, cuda.fp8_rows, _reference(reference.fp8_rows))
 register(
     "int4_plain_mm",
     _up_to_int8_rows(cuda.decode_int8),

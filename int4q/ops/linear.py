@@ -45,13 +45,13 @@ def save_weight(ctx, inputs, output):
     ctx.save_for_backward(qdata, scale, zero_point)
 
 
-def _save_linear(ctx, inputs, output):
+def save_linear(ctx, inputs, output):
     *weight, bias, act_pre_scale = inputs
     ctx.save_for_backward(*weight[1:4], act_pre_scale)
     ctx.group_size, ctx.bias_dtype = weight[4], None if bias is None else bias.dtype
 
 
-def _linear_grad(ctx, grad):
+def linear_grad(ctx, grad):
     *weight, act_pre_scale = ctx.saved_tensors
     return _grads(ctx, grad, weight, act_pre_scale)
 
@@ -118,7 +118,7 @@ def _int4_plain_mm_fake(
 
 
 def _save_plain_mm(ctx, inputs, output):
-    _save_linear(ctx, inputs[:-1], output)
+    save_linear(ctx, inputs[:-1], output)
 
 
 def _plain_mm_grad(ctx, grad):
@@ -187,8 +187,8 @@ define(
     f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
     _int4_linear,
     _int4_linear_fake,
-    _linear_grad,
-    _save_linear,
+    linear_grad,
+    save_linear,
 )
 define(
     f"int4_linear_backward(Tensor grad, {WEIGHT})",
