@@ -52,3 +52,18 @@ def test_compiles_in_registers(case, tmp_path):
     assert done.returncode == 0, report
     assert "warning" not in report and "erializ" not in report, report
     assert re.findall(r"(\d+) bytes spill stores", report) == ["0", "0"], report
+
+
+@pytest.mark.parametrize("N", [1, 512, 1024, 4096, 8192, 21504, 28672, 1 << 20])
+def test_chosen_configurations_fit_into_shared_memory(N):
+    config = choose_config(N, 132)
+    for cols in range(8, cuda_small_batch.MAX_M + 1, 8):
+        for scale_bytes in (0, 2, 4, 8):
+            fitted = config.fit(cols, scale_bytes)
+            assert fitted.shared_bytes(cols, scale_bytes) <= 227 * 1024
+            assert fitted.x_stages > 2 * fitted.k_parts and fitted.stages >= 2
+
+
+def test_a_configuration_that_cannot_fit_is_refused():
+    with pytest.raises(ValueError, match="more shared memory than there is for 64 columns"):
+        Config(4, 2, 2, 3, 5).fit(64, 4)
