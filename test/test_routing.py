@@ -145,11 +145,23 @@ ROUTES = [  # M, what changes, the kernel of a plain weight's F.linear on an H20
     (8, {}, "cuda_decode"),
     (16, {}, "cuda_decode"),
     (16, dict(N=28672), "gluon_matmul"),
-    (16, dict(group_size=32), "gluon_matmul"),
-    (16, dict(group_size=32, N=512, K=2048), "cuda_decode"),
+    (8, dict(group_size=32), "cuda_decode"),
+    (9, dict(group_size=32), "cuda_small_batch"),
+    (16, dict(group_size=32), "cuda_small_batch"),
+    (16, dict(group_size=32, K=14336), "gluon_matmul"),
+    (8, dict(N=512, K=2048), "cuda_decode"),
+    (9, dict(N=512, K=2048), "cuda_small_batch"),
+    (16, dict(group_size=32, N=512, K=2048), "cuda_small_batch"),
     (16, dict(group_size=32, capability=(8, 0)), "cuda_decode"),
-    (64, dict(N=512, K=2048), "triton_dequantize_cublas"),
-    (64, {}, "gluon_matmul"),
+    (64, dict(N=512, K=2048), "cuda_small_batch"),
+    (65, dict(N=512, K=2048), "triton_dequantize_cublas"),
+    (17, {}, "cuda_small_batch"),
+    (64, {}, "cuda_small_batch"),
+    (64, dict(dtype=torch.float16, scale_dtype=torch.float32), "cuda_small_batch"),
+    (65, {}, "gluon_matmul"),
+    (64, dict(N=28672), "gluon_matmul"),
+    (64, dict(K=14336), "gluon_matmul"),
+    (64, dict(capability=(10, 0)), "triton_matmul"),
     (4096, {}, "triton_dequantize_cublas"),
     (64, dict(dtype=torch.float32), "triton_matmul"),
     (64, dict(capability=(8, 0)), "triton_matmul"),
@@ -166,7 +178,8 @@ def test_w4a8_serves_few_rows_of_the_coalesced_op_only():
     pytest.importorskip("triton")
     coalesced = dict(op="int4_plain_mm", **H200)
     assert choose(problem(M=8, **coalesced)).name == "cuda_decode_w4a8"
-    assert choose(problem(M=64, **coalesced)).name == "gluon_matmul"
+    assert choose(problem(M=64, **coalesced)).name == "cuda_small_batch"
+    assert choose(problem(M=128, **coalesced)).name == "gluon_matmul"
     plain = [k.name for k in registry.kernels("int4_linear")]
     assert not any("w4a8" in name for name in plain)
 
@@ -188,9 +201,9 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
     from int4q.kernels import cuda
 
     monkeypatch.setattr(cuda, "_triton_missing", lambda: "triton is not installed")
-    reasons = {name: why for name, _, why in registry.explain(problem(M=64, **H200))}
+    reasons = {name: why for name, _, why in registry.explain(problem(M=128, **H200))}
     assert reasons["gluon_matmul"] == reasons["triton_matmul"] == "triton is not installed"
-    assert choose(problem(M=64, **H200)).name == "reference"
+    assert choose(problem(M=128, **H200)).name == "reference"
 
 
 def test_triton_launches_on_the_tensors_device(monkeypatch):

@@ -31,15 +31,14 @@ import torch
 from torch import Tensor
 
 from int4q.kernels import nvrtc
+from int4q.kernels.cuda_plan import TYPE_CODES, Parts, Planner, unsupported_shape
 
 MAX_M = 16
-GROUP_SIZES = (32, 64, 128, 256)
 STEP_K = 256
 """k that a warp multiplies at a time (one ring stage)."""
 ROW_UNIT = 4
 """Rows are dealt to thread blocks in units of 4, which keeps scale copies of 8 bytes aligned."""
 
-_TYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATION_BITS = {torch.bfloat16: 16, torch.int8: 8}
 _SOURCE_FILE = Path(__file__).parent / "csrc" / "int4_decode.cu"
 
@@ -132,16 +131,10 @@ def unsupported(
         return f"compute capability must be 8.0 or later, got {capability[0]}.{capability[1]}"
     if not 0 <= M <= MAX_M:
         return f"M (rows of x) must be at most {MAX_M}, got {M}"
-    if group_size not in GROUP_SIZES:
-        return f"group_size must be one of {GROUP_SIZES}, got {group_size}"
-    if K <= 0 or K % group_size:
-        return f"K must be a positive multiple of group_size={group_size}, got {K}"
-    if max(N, K) >= 1 << 30:
-        return f"N and K must be below 2 ** 30, got N={N}, K={K}"
     for name, dtype in (("x", x_dtype), ("scale", scale_dtype)):
-        if dtype not in _TYPE_CODES:
+        if dtype not in TYPE_CODES:
             return f"{name} must be bfloat16, float16 or float32, got {dtype}"
-    return None
+    return unsupported_shape(N, K, group_size)
 
 
 def unavailable() -> str | None:
@@ -187,128 +180,15 @@ def symmetric_linear(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: i
     return _linear(parts, group_size, torch.bfloat16, None, True)
 
 
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-_plans: dict[tuple, "_Plan"] = {}
-
-
 def _linear(
-    parts: _Parts,
+    parts: Parts,
     group_size: int,
     activation: torch.dtype,
     config: Config | MatvecConfig | None,
     symmetric: bool = False,
 ) -> Tensor:
-    """``linear``, with the choice of a configuration. Everything that depends on shapes, strides,
-    dtypes and alignment only is looked up: a call is a dictionary lookup and one or two launches.
-    """
-    x, qdata, scale, zero_point, bias, pre_scale = parts
-    pointers = (
-        qdata.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if pre_scale is None else pre_scale.data_ptr(),
-    )
-    key = (
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.device,
-        qdata.shape,
-        qdata.stride(),
-        scale.shape,
-        scale.stride(),
-        scale.dtype,
-        zero_point.stride(),
-        group_size,
-        activation,
-        None if bias is None else bias.dtype,
-        None if pre_scale is None else pre_scale.dtype,
-        pointers[0] & 15,
-        (pointers[1] | pointers[2]) & 15,
-        pointers[3] & 15,
-        config,
-        symmetric,
-    )
-    plan = _plans.get(key)
-    if plan is not None:
-        return plan(pointers)
-    _check(parts, group_size, activation)
-    fitted = _fit(parts)
-    if symmetric:  # scale stands in for the zero points, wherever it lies
-        fitted = (*fitted[:3], fitted[2], *fitted[4:])
-    if any(ours is not theirs for ours, theirs in zip(fitted, parts, strict=True)):
-        out = _linear(fitted, group_size, activation, config, symmetric)
-        return out.view(*x.shape[:-1], qdata.shape[0])
-    plan = _plans[key] = _Plan(parts, group_size, activation, config, symmetric)
-    return plan(pointers)
-
-
-def _check(parts: _Parts, group_size: int, activation: torch.dtype) -> None:
-    """Raises on arguments that no copy could make fit."""
-    x, qdata, scale, zero_point, bias, pre_scale = parts
-    if activation not in _ACTIVATION_BITS:
-        raise ValueError(
-            f"activation must be torch.bfloat16 (W4A16) or torch.int8 (W4A8), got {activation}"
-        )
-    if qdata.dtype != torch.int8:
-        raise TypeError(f"qdata must be int8 (two nibbles a byte), got {qdata.dtype}")
-    if qdata.dim() != 2:
-        raise ValueError(f"qdata must have shape [N, K/2], got {list(qdata.shape)}")
-    N, K = qdata.shape[0], qdata.shape[1] * 2
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(
-            f"the last dimension of x must be K={K} (twice that of qdata {list(qdata.shape)}), "
-            f"got x of shape {list(x.shape)}"
-        )
-    if not x.is_cuda:
-        raise ValueError(f"x must be on a CUDA device, got {x.device}")
-    capability = torch.cuda.get_device_capability(x.device)
-    M = x.numel() // max(K, 1)
-    if reason := unsupported(M, N, K, group_size, x.dtype, scale.dtype, capability):
-        raise ValueError(f"the CUDA decode kernels cannot do this: {reason}")
-    shapes = {
-        "scale": (scale, [K // group_size, N], "[n_groups, N]"),
-        "zero_point": (zero_point, [K // group_size, N], "[n_groups, N]"),
-        "bias": (bias, [N], "[N]"),
-        "act_pre_scale": (pre_scale, [K], "[K]"),
-    }
-    for name, (tensor, shape, letters) in shapes.items():
-        if tensor is None:
-            continue
-        if list(tensor.shape) != shape:
-            hint = " (an [N, n_groups] tensor is passed as .mT)" if len(shape) == 2 else ""
-            raise ValueError(
-                f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}{hint}"
-            )
-        if tensor.dtype not in _TYPE_CODES:
-            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}")
-    if zero_point.dtype != scale.dtype:
-        raise TypeError(f"zero_point must have scale's dtype {scale.dtype}, got {zero_point.dtype}")
-    for name, tensor in (("qdata", qdata), *((name, entry[0]) for name, entry in shapes.items())):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-
-
-def _fit(parts: _Parts) -> _Parts:
-    """The parts as a plan takes them, each the same object where it fits already: x 2-D, unit
-    strides, qdata rows on 16-byte boundaries, zero_point lying as scale does."""
-    x, qdata, scale, zero_point, bias, pre_scale = parts
-    if x.dim() != 2 or x.stride(1) != 1:
-        x = x.reshape(-1, x.shape[-1]).contiguous()
-    if qdata.stride(1) != 1 or qdata.stride(0) % 16 or qdata.data_ptr() % 16:
-        qdata = qdata.clone(memory_format=torch.contiguous_format)
-    if zero_point.stride() != scale.stride():
-        strides = scale.stride()
-        zero_point = torch.empty_strided(
-            scale.shape, strides, dtype=scale.dtype, device=scale.device
-        ).copy_(zero_point)
-    if bias is not None:
-        bias = bias.contiguous()
-    if pre_scale is not None:
-        pre_scale = pre_scale.contiguous()
-    return x, qdata, scale, zero_point, bias, pre_scale
+    """``linear``, with the choice of a configuration."""
+    return _planner(parts, group_size, symmetric, activation, config)
 
 
 def _scale_copy_bytes(
@@ -405,7 +285,18 @@ _FIXED = struct.Struct("=4q10i")
 class _Plan:
     """What calls of one kind share: compiled kernels, grids, the parameter block."""
 
-    def __init__(self, parts: _Parts, group_size: int, activation: torch.dtype, config, symmetric):
+    def __init__(
+        self,
+        parts: Parts,
+        group_size: int,
+        symmetric: bool,
+        activation: torch.dtype,
+        config: Config | MatvecConfig | None,
+    ):
+        if activation not in _ACTIVATION_BITS:
+            raise ValueError(
+                f"activation must be torch.bfloat16 (W4A16) or torch.int8 (W4A8), got {activation}"
+            )
         x, qdata, scale, zero_point, bias, pre_scale = parts
         (M, K), N = x.shape, qdata.shape[0]
         self.device, self.dtype, self.shape = x.device, x.dtype, (M, N)
@@ -423,8 +314,8 @@ class _Plan:
         defines = {
             "ACT_BITS": bits,
             "GROUP": group_size,
-            "X_TYPE": _TYPE_CODES[x.dtype],
-            "SCALE_TYPE": _TYPE_CODES[scale.dtype],
+            "X_TYPE": TYPE_CODES[x.dtype],
+            "SCALE_TYPE": TYPE_CODES[scale.dtype],
             "PDL": int(self.dependent),
             "SYMMETRIC": int(symmetric),
             "MIN_CTAS": config.ctas_per_sm,
@@ -437,8 +328,8 @@ class _Plan:
             *(qdata.stride(0), scale.stride(1), scale.stride(0), x.stride(0)),
             *(M, N, K),
             *(ROW_UNIT, units // grid, units % grid),
-            0 if bias is None else _TYPE_CODES[bias.dtype],
-            0 if pre_scale is None else _TYPE_CODES[pre_scale.dtype],
+            0 if bias is None else TYPE_CODES[bias.dtype],
+            0 if pre_scale is None else TYPE_CODES[pre_scale.dtype],
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
             0,
         )
@@ -523,3 +414,6 @@ class _Plan:
             if self.quantise is not None:
                 self.quantise(stream)
             self.product(stream)
+
+
+_planner = Planner("the CUDA decode kernels", unsupported, _Plan)

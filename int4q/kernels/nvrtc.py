@@ -311,9 +311,12 @@ class Module:
         )
 
 
-def load(source: str, defines: Mapping[str, int], device: int) -> Module:
-    """The module of `source` with `defines` on `device`; the same object on every call."""
-    key = (source, tuple(sorted(defines.items())), device)
+def load(source: str, defines: Mapping[str, int], device: int, suffix: str = "") -> Module:
+    """The module of `source` with `defines` on `device`; the same object on every call.
+
+    `suffix` "a" compiles for the instructions of this one architecture (sm_90a).
+    """
+    key = (source, tuple(sorted(defines.items())), device, suffix)
     module = _modules.get(key)
     if module is not None:
         return module
@@ -322,5 +325,6 @@ def load(source: str, defines: Mapping[str, int], device: int) -> Module:
     with lock:  # one compilation a key; different keys compile side by side
         if key not in _modules:
             major, minor = torch.cuda.get_device_capability(device)
-            _modules[key] = Module(cached_cubin(source, defines, f"sm_{major}{minor}"), device)
+            arch = f"sm_{major}{minor}{suffix}"
+            _modules[key] = Module(cached_cubin(source, defines, arch), device)
         return _modules[key]

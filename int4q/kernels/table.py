@@ -27,6 +27,7 @@ def _reference(run, name: str = "reference") -> Kernel:
 
 
 W4A16 = (
+    cuda.small_batch,
     cuda.decode,
     cuda.gluon,
     cuda.dequantized,
@@ -61,6 +62,7 @@ register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
 register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(reference.dequantize))
 register(
     "int4_matmul",
+    cuda.symmetric_small_batch,
     cuda.symmetric_decode,
     cuda.symmetric_gluon,
     cuda.symmetric_dequantized,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
+from int4q.kernels import cuda_small_batch
+from int4q.kernels.cuda_small_batch import Config
 
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
 
@@ -55,6 +57,12 @@ def main() -> None:
                 check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
             check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
             check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
+        if M <= cuda_small_batch.MAX_M:  # every way to share the work, whatever the route
+            on_gpu = plain.cuda()
+            parts = (x, on_gpu.qdata, on_gpu.scale, on_gpu.zero_point, None, None)
+            for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
+                got = cuda_small_batch._run(parts, group_size, False, config)
+                check(f"small batch {config} {shape}", got, exact, 1e-2)
         packed = (plain.qdata ^ -0x78).cuda()
         scale = plain.scale.mT.contiguous().cuda()
         symmetric = exact - F.linear(
