@@ -134,3 +134,12 @@ symmetric_dequantized = _triton_kernel(
 symmetric_matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_matmul")
 symmetric_matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_matvec")
 symmetric_dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequant_w4_to_bf16")
+
+stream_bmm = _triton_kernel("gluon_experts", "gluon_matmul", "int4_bmm", "unsupported_experts")
+stream_grouped = _triton_kernel(
+    "gluon_experts", "gluon_matmul", "int4_grouped_mm", "unsupported_experts"
+)
+bmm = _triton_kernel("triton_experts", "triton_experts", "int4_bmm")
+bmm_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_bmm_backward")
+grouped = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm")
+grouped_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm_backward")
