@@ -25,7 +25,14 @@ def jobs():
     """``(name, call)`` for one representative of every kernel and tile in the table."""
     import torch
 
-    from int4q.kernels import gluon_matmul, triton_dequant, triton_matmul, triton_matvec
+    from int4q.kernels import (
+        gluon_experts,
+        gluon_matmul,
+        triton_dequant,
+        triton_experts,
+        triton_matmul,
+        triton_matvec,
+    )
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -50,6 +57,20 @@ def jobs():
         found.append((f"gluon {name}", linear(gluon_matmul.int4_linear, 64, 4096, 4096, **more)))
     for M in (1, 16, 64, 256):
         found.append((f"triton M={M}", linear(triton_matmul.int4_linear, M, 4096, 4096, 128)))
+    def experts(run, T, E, group_size=128, coalesced=False):
+        scale = empty(E, 2048, 2048 // group_size).mT if coalesced else empty(E, 16, 2048)
+        stack = (empty(E, 2048, 1024, dtype=torch.int8), scale, scale, group_size)
+        return lambda: run(empty(T, 2048), *stack, empty(E, dtype=torch.int32))
+
+    for mean in (1, 8, 20, 64, 128, 1024):  # one row of experts_config each
+        run = gluon_experts.int4_grouped_mm
+        found.append((f"gluon experts, {mean} rows each", experts(run, 8 * mean, 8)))
+    run = gluon_experts.int4_grouped_mm
+    found.append(("gluon experts, group 32, coalesced", experts(run, 64, 64, 32, True)))
+    for mean in (1, 64, 256):
+        for name in ("int4_grouped_mm", "int4_grouped_mm_backward"):
+            run = getattr(triton_experts, name)
+            found.append((f"triton {name}, {mean} rows each", experts(run, 8 * mean, 8)))
     packed, by_row = empty(4096, 2048, dtype=torch.int8), empty(4096, 32)
     x = empty(16, 4096)
     found += [
@@ -73,7 +94,7 @@ def pretend_sm90(compiled: list) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from int4q.kernels import triton_common, triton_matmul, tuned
+    from int4q.kernels import triton_common, triton_experts, triton_matmul, tuned
 
     class Utils:
         get_device_properties = staticmethod(
@@ -102,7 +123,8 @@ def pretend_sm90(compiled: list) -> None:
 
     JITFunction.run = compile_only
     tuned.multiprocessors = lambda _: 132
-    triton_common.has_launch_overlap = triton_matmul.has_launch_overlap = lambda _: True
+    for module in (triton_common, triton_matmul, triton_experts):
+        module.has_launch_overlap = lambda _: True
 
 
 def resources(kernel) -> dict:
@@ -138,7 +160,8 @@ def compiled() -> list[dict]:
 def test_all_compile(compiled):
     names = {entry["kernel"] for entry in compiled}
     assert names == {
-        "_arrange_kernel", "_dequantize_kernel", "_gemm_kernel", "_matvec_kernel", "_stream_kernel",
+        "_arrange_kernel", "_dequantize_kernel", "_gemm_kernel", "_matvec_kernel", "stream_kernel",
+        "_arrange_experts_kernel", "_experts_kernel", "_experts_grad_kernel",
     }  # fmt: skip
 
 
@@ -153,7 +176,7 @@ def test_no_spills(compiled):
 def test_shared_memory(compiled):
     """The sm_90 kernel fits 227 KB; the others the 99 KB of sm_86 and sm_89."""
     limit = {True: 232448, False: 101376}
-    over = [e for e in compiled if e["shared"] > limit[e["kernel"] == "_stream_kernel"]]
+    over = [e for e in compiled if e["shared"] > limit[e["kernel"] == "stream_kernel"]]
     assert not over
 
 

@@ -1,4 +1,4 @@
-"""``python -m int4q.bench [gpu|cpu]``: measure this machine; JSON, a table and plots."""
+"""``python -m int4q.bench [gpu|experts|cpu]``: measure this machine; JSON, a table and plots."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from pathlib import Path
 
 import torch
 
-from int4q.bench import cpu, gpu
+from int4q.bench import cpu, experts, gpu
 from int4q.bench.shapes import GROUPS, ROWS, SETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``int4q bench`` and ``python -m int4q.bench`` take."""
     default = "gpu" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("device", nargs="?", choices=["gpu", "cpu"], default=default)
+    parser.add_argument("device", nargs="?", choices=["gpu", "experts", "cpu"], default=default)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--threads", type=int, help="cpu: torch threads (default: all)")
     parser.add_argument("--shapes", choices=sorted(SETS), default="core", help="gpu: which layers")
-    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="gpu: group sizes")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", default=GROUPS, help="gpu, experts: group sizes"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="gpu: values of M")
-    parser.add_argument("--peers", nargs="*", help="gpu: only these (default: all installed)")
+    parser.add_argument(
+        "--peers", nargs="*", help="gpu, experts: only these (default: all installed)"
+    )
     parser.add_argument("--ours", nargs="+", choices=gpu.OURS, default=gpu.OURS[:1])
 
 
@@ -29,10 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.device == "cpu":
         cpu.run(arguments.out, arguments.threads)
         return
-    gpu.run(
-        arguments.out, arguments.shapes, tuple(arguments.groups), tuple(arguments.rows),
-        None if arguments.peers is None else tuple(arguments.peers), tuple(arguments.ours),
-    )  # fmt: skip
+    groups, peers = tuple(arguments.groups), arguments.peers
+    peers = None if peers is None else tuple(peers)
+    if arguments.device == "experts":
+        experts.run(arguments.out, groups, peers)
+        return
+    rows, ours = tuple(arguments.rows), tuple(arguments.ours)
+    gpu.run(arguments.out, arguments.shapes, groups, rows, peers, ours)
 
 
 def main() -> None:

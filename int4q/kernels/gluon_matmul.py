@@ -43,7 +43,6 @@ from int4q.kernels.gluon_tile import (
     spread_operand,
 )
 from int4q.kernels.triton_arrange import arrange_activation
-from int4q.kernels.triton_plan import Rows, flat_words, locate, matched_stacks, plan_experts
 from int4q.kernels.triton_common import (
     INTERPRET,
     as_words,
@@ -55,11 +54,12 @@ from int4q.kernels.triton_common import (
     unsupported_anywhere,
     wait_for_producer,
 )
+from int4q.kernels.triton_plan import locate
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def unsupported_experts(problem) -> str | None:
+def unsupported_at_any_m(problem) -> str | None:
     """Why this kernel cannot run ``problem`` at any number of rows; ``None`` where it can."""
     reason = unsupported_anywhere(problem)
     if reason is not None:
@@ -75,7 +75,7 @@ def unsupported_experts(problem) -> str | None:
 
 def unsupported(problem) -> str | None:
     """Why this kernel cannot (or should not) run ``problem``; ``None`` where it can."""
-    if reason := unsupported_experts(problem):
+    if reason := unsupported_at_any_m(problem):
         return reason
     if problem.M < tuned.GLUON_FROM_M:
         return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
@@ -91,7 +91,7 @@ copy_box = tma.async_copy_global_to_shared
 
 
 @gluon.jit(do_not_specialize=["M"])
-def _stream_kernel(
+def stream_kernel(
     words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
     arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
     scale_ptr,  # [experts, n_groups, N] by strides
@@ -104,8 +104,9 @@ def _stream_kernel(
     M, N, K, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    EXPERTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
-    SPREAD: gl.constexpr, GROUP: gl.constexpr, num_warps: gl.constexpr,
+    EXPERTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr, SPREAD: gl.constexpr, GROUP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = words_desc.block_type.shape[0]
     BLOCK_J: gl.constexpr = words_desc.block_type.shape[1]
@@ -162,9 +163,7 @@ def _stream_kernel(
     # Fill the ring: weights first, since only the activation depends on the kernel before.
     tile = first_tile
     step = first_step
-    expert, tile_n, col, _ = locate(
-        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
-    )
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
         live = i < total
         mbarrier.expect(ready.index(i), BYTES, pred=live)
@@ -174,13 +173,13 @@ def _stream_kernel(
             group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
             row0 = tile_n * BLOCK_N
             copy_groups(
-                scale_smem.index(i), of_expert(scale_ptr, expert, stride_se), row0, group0, live, n_groups, N, stride_sg,
-                num_warps,
+                scale_smem.index(i), of_expert(scale_ptr, expert, stride_se), row0, group0,
+                live, n_groups, N, stride_sg, num_warps,
             )  # fmt: skip
             if HAS_ZERO:
                 copy_groups(
-                    zero_smem.index(i), of_expert(zero_ptr, expert, stride_ze), row0, group0, live, n_groups, N, stride_zg,
-                    num_warps,
+                    zero_smem.index(i), of_expert(zero_ptr, expert, stride_ze), row0, group0,
+                    live, n_groups, N, stride_zg, num_warps,
                 )  # fmt: skip
             async_copy.commit_group()
         step, tile, expert, tile_n, col = next_step(
@@ -191,9 +190,7 @@ def _stream_kernel(
         wait_for_producer(True)
     tile = first_tile
     step = first_step
-    expert, tile_n, col, _ = locate(
-        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
-    )
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
         place = [0, col, step * BLOCK_J]
         copy_box(arranged_desc, place, ready.index(i), x_smem.index(i), pred=i < total)
@@ -246,9 +243,7 @@ def _stream_kernel(
                 next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
                 next_zero = next_scale
                 if HAS_ZERO:
-                    next_zero = load_groups(
-                        zeros, rows, group, n_groups, N, stride_zg, stride_zn
-                    )
+                    next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
             scale = spread_operand(scale, WIDTH, OPERAND)
             zero = spread_operand(zero, WIDTH, OPERAND)
             for i in gl.static_range(4):
@@ -290,7 +285,9 @@ def _stream_kernel(
         row0 = work_n * BLOCK_N
         if STREAM:
             if (low == 0) & (high == steps):
-                finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
+                finish_tile(
+                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
+                )
             else:
                 share_tile(
                     result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
@@ -330,7 +327,7 @@ def _matmul(
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
     staged = staged and config.stage_scales and config.num_stages > 2
-    _stream_kernel[(programs,)](
+    stream_kernel[(programs,)](
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out if bias is None else bias.contiguous(), out, partial,
@@ -338,63 +335,13 @@ def _matmul(
         M, N, K, K // group_size, 0, 0, *scale.stride(), 0, *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
-        EXPERTS=False, MIN_STEPS=1, STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
+        EXPERTS=False, MIN_STEPS=1,
+        STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),
         num_warps=config.num_warps, launch_pdl=True, maxnreg=config.max_registers,
     )  # fmt: skip
     return out
-
-
-def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -> Tensor:
-    """Rows of ``x [T, K]`` times the weight ``[N, K]`` of their expert: ``[T, N]``."""
-    (T, K), (E, N) = x.shape, qdata.shape[:2]
-    out = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    if E == 0 or out.numel() == 0:
-        return out.zero_()
-    words, pitch = flat_words(qdata)
-    scale, zero = matched_stacks(scale, zero_point)
-    staged = can_stage(scale, zero, N)
-    config = config or tuned.experts_config(T, E, N, K, staged and group_size >= 128, x.device)
-    tiles = rows.max_blocks(config.block_m) * triton.cdiv(N, config.block_n)
-    partial = torch.empty(
-        (2 * config.programs, config.block_n, config.block_m), dtype=torch.float32, device=x.device
-    )
-    counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    arranged, plan = plan_experts(x, rows, out, config.block_m, counters, pdl=True)
-    block_j = config.block_k // 4
-    groups = max(1, config.block_k // group_size)
-    _stream_kernel[(config.programs,)](
-        descriptor(words, [config.block_n, block_j]),
-        descriptor(arranged, [4, config.block_m, block_j]),
-        scale, zero, out, out, partial, counters, plan,
-        T, N, K, K // group_size, pitch, *scale.stride(), *zero.stride(),
-        GROUP_SIZE=group_size, SIGNED=True, HAS_ZERO=True, HAS_BIAS=False,
-        STAGED_SCALES=staged and config.stage_scales and config.num_stages > 2, STREAM=True,
-        EXPERTS=True, MIN_STEPS=config.min_steps, STAGES=config.num_stages,
-        IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
-        SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
-        GROUP=group_layout(config.block_n, config.num_warps, groups),
-        num_warps=config.num_warps, launch_pdl=True, maxnreg=config.max_registers,
-    )  # fmt: skip
-    return out
-
-
-def int4_grouped_mm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, offs: Tensor
-) -> Tensor:
-    """Rows of ``x [T, K]`` sorted by expert; see ``triton_experts.int4_grouped_mm``."""
-    rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
-    return _grouped(x, rows, qdata, scale, zero_point, group_size)
-
-
-def int4_bmm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
-) -> Tensor:
-    """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_experts.int4_bmm``."""
-    rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
-    y = _grouped(x.flatten(0, 1), rows, qdata, scale, zero_point, group_size)
-    return y.view(*x.shape[:2], y.shape[1])
 
 
 def int4_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:

@@ -24,7 +24,10 @@ def fits_tma(words: Tensor) -> bool:
 def can_stage(scale: Tensor, zero: Tensor, N: int) -> bool:
     """Whether rows of scales can be copied 16 bytes at a time (``[n_groups, N]`` storage)."""
     return N % 16 == 0 and all(
-        t.stride(-1) == 1 and not any(s % 16 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0 and t.itemsize == 2
+        t.stride(-1) == 1
+        and not any(s % 16 for s in t.stride()[:-1])
+        and t.data_ptr() % 16 == 0
+        and t.itemsize == 2
         for t in (scale, zero)
     )
 

@@ -53,10 +53,14 @@ register(
 
 # Stacks of weights. One weight after the other is the reference; each is routed as int4_linear is.
 ONE_BY_ONE = "one_by_one"
-register("int4_bmm", cuda.stream_bmm, cuda.bmm, _reference(stack.bmm, ONE_BY_ONE))
+register("int4_bmm", cuda.decode_bmm, cuda.stream_bmm, cuda.bmm, _reference(stack.bmm, ONE_BY_ONE))
 register("int4_bmm_backward", cuda.bmm_gradient, _reference(stack.bmm_backward, ONE_BY_ONE))
 register(
-    "int4_grouped_mm", cuda.stream_grouped, cuda.grouped, _reference(stack.grouped_mm, ONE_BY_ONE)
+    "int4_grouped_mm",
+    cuda.decode_grouped,
+    cuda.stream_grouped,
+    cuda.grouped,
+    _reference(stack.grouped_mm, ONE_BY_ONE),
 )
 register(
     "int4_grouped_mm_backward",

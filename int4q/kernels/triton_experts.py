@@ -102,9 +102,7 @@ def _add(acc, grad, words, scale, zero, SLOT: tl.constexpr, ON_GPU: tl.constexpr
     if ON_GPU:
         return tl.dot(grad, weight, acc, input_precision="tf32x3")  # for float32; others exact
     else:
-        return acc + tl.dot(
-            grad.to(tl.float32), weight.to(tl.float32), input_precision="ieee"
-        )
+        return acc + tl.dot(grad.to(tl.float32), weight.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -134,7 +132,7 @@ def _experts_grad_kernel(
         words_ptr += expert * pitch * stride_wn
         scale_ptr += expert * stride_se
         zero_ptr += expert * stride_ze
-        grad_ptr += m.to(tl.int64)[:, None] * stride_gm
+        grad_rows = grad_ptr + m.to(tl.int64)[:, None] * stride_gm
         acc0 = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
         acc1 = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
         acc2 = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
@@ -145,7 +143,7 @@ def _experts_grad_kernel(
             place = n.to(tl.int64)[:, None] * stride_wn + j[None, :]
             words = tl.load(words_ptr + place, mask=live[:, None] & (j < quarter)[None, :], other=0)
             grad = tl.load(
-                grad_ptr + n.to(tl.int64)[None, :] * stride_gn,
+                grad_rows + n.to(tl.int64)[None, :] * stride_gn,
                 mask=(m < end)[:, None] & live[None, :], other=0.0,
             )  # fmt: skip
             scale = load_groups(scale_ptr, n, group, n_groups, N, stride_sg, stride_sn)

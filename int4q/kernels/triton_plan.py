@@ -116,9 +116,7 @@ def _arrange_experts_kernel(
     if PDL:
         gdc_launch_dependents()
     if tl.program_id(0) * ENTRIES < n_entries:
-        _write_plan(
-            plan_ptr, offs_ptr, E, T, rows_each, n_entries, UNIFORM, PLAN_M, PAD_E, ENTRIES
-        )
+        _write_plan(plan_ptr, offs_ptr, E, T, rows_each, n_entries, UNIFORM, PLAN_M, PAD_E, ENTRIES)
     zero_counters(counter_ptr, n_counters)
     if ARRANGE:
         arrange_tile(

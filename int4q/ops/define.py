@@ -48,7 +48,15 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 def kernel(
-    op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int, dtype=None, experts=1
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype=None,
+    experts=1,
 ):
     """The function that runs ``op`` on these shapes under the preference in force.
 
