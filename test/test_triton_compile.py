@@ -57,6 +57,7 @@ def jobs():
         found.append((f"gluon {name}", linear(gluon_matmul.int4_linear, 64, 4096, 4096, **more)))
     for M in (1, 16, 64, 256):
         found.append((f"triton M={M}", linear(triton_matmul.int4_linear, M, 4096, 4096, 128)))
+
     def experts(run, T, E, group_size=128, coalesced=False):
         scale = empty(E, 2048, 2048 // group_size).mT if coalesced else empty(E, 16, 2048)
         stack = (empty(E, 2048, 1024, dtype=torch.int8), scale, scale, group_size)

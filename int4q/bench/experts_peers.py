@@ -147,7 +147,8 @@ def _bf16_bmm(t: Int4Tensor, w: Tensor, n: int):
 def _fbgemm_bmm(t: Int4Tensor, w: Tensor, n: int):
     import fbgemm_gpu.experimental.gen_ai  # noqa: F401
 
-    sets = [(t.qdata.clone(), t.scale.clone(), t.zero_point.clone()) for _ in range(n)]
+    parts = t.qdata, t.scale.flatten(0, 1), t.zero_point.flatten(0, 1)  # it counts groups in dim 0
+    sets = [tuple(part.clone() for part in parts) for _ in range(n)]
     op = torch.ops.fbgemm.bf16i4bf16_rowwise_batched
     return lambda x, _: [lambda s=s: op(x, *s) for s in sets]
 

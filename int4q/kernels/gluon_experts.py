@@ -47,7 +47,7 @@ def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -
         T, N, K, K // group_size, pitch, *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=True, HAS_ZERO=True, HAS_BIAS=False,
         STAGED_SCALES=staged and config.stage_scales and config.num_stages > 2, STREAM=True,
-        EXPERTS=True, MIN_STEPS=config.min_steps, STAGES=config.num_stages,
+        EXPERTS=True, PARTS=config.parts, MIN_STEPS=config.min_steps, STAGES=config.num_stages,
         IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

@@ -90,6 +90,117 @@ def unsupported(problem) -> str | None:
 copy_box = tma.async_copy_global_to_shared
 
 
+@gluon.jit
+def _multiply_tile(
+    chosen, count, step, tile, expert, tile_n, col,  # of the ring: see stream_kernel
+    work, work_n, low, high, col0, last,  # the tile, its steps, its columns col0 .. last - 1
+    words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
+    scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, plan_ptr,
+    M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
+    steps, total, whole, rest_tile, rest_step, programs, base, extra, tiles_m, tiles_n,
+    GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
+    HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
+    EXPERTS: gl.constexpr, STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
+    SPREAD: gl.constexpr, GROUP: gl.constexpr, COLS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Multiply, and store or share, one tile, if it is ``chosen``: its first COLS columns.
+
+    The copies for later steps go on meanwhile; returns where they are.
+    """
+    BLOCK_N: gl.constexpr = words_desc.block_type.shape[0]
+    BLOCK_J: gl.constexpr = words_desc.block_type.shape[1]
+    BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
+    DTYPE: gl.constexpr = arranged_desc.dtype
+    GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
+    WIDTH: gl.constexpr = BLOCK_J // GROUPS
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
+    rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
+    lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
+    if not STAGED_SCALES:
+        group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
+        next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
+        next_zero = next_scale
+        if HAS_ZERO:
+            next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
+    acc = warpgroup_mma_init(gl.zeros([BLOCK_N, COLS], gl.float32, MMA))
+    for now in range(low, gl.where(chosen, high, low)):
+        slot = count % STAGES
+        mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
+        words = words_smem.index(slot).load(OPERAND)
+        x = x_smem.index(slot)._reinterpret(DTYPE, [4, BLOCK_M, BLOCK_J], FLAT)
+        if STAGED_SCALES:
+            scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+            zero = scale
+            if HAS_ZERO:
+                zero = zero_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+        else:
+            scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
+            zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
+            group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
+            next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
+            next_zero = next_scale
+            if HAS_ZERO:
+                next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
+        scale = spread_operand(scale, WIDTH, OPERAND)
+        zero = spread_operand(zero, WIDTH, OPERAND)
+        for i in gl.static_range(4):
+            # The words are a dependency too: without it the next fragment may be unpacked into
+            # registers that a multiply in flight still reads.
+            acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
+            q = unpack_slot(words, i, SIGNED, DTYPE, True)
+            weight = scaled(q, scale, zero, HAS_ZERO, True)
+            columns = x.index(i).slice(0, COLS, dim=0).permute([1, 0])
+            acc = warpgroup_mma(weight, columns, acc, is_async=True)
+        if STAGED_SCALES:
+            async_copy.wait_group(STAGES - 3)
+        gl.thread_barrier()  # all warps are done with the stage before this one: refill it
+        free = (count + STAGES - 1) % STAGES
+        live = count + STAGES - 1 < total
+        mbarrier.expect(ready.index(free), BYTES, pred=live)
+        row_n = tile_n * BLOCK_N
+        place = [expert * pitch + row_n, step * BLOCK_J]
+        copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
+        place = [0, col, step * BLOCK_J]
+        copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
+        if STAGED_SCALES:
+            group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
+            copy_groups(
+                scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
+                live, n_groups, N, stride_sg, num_warps,
+            )  # fmt: skip
+            if HAS_ZERO:
+                copy_groups(
+                    zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
+                    group0, live, n_groups, N, stride_zg, num_warps,
+                )  # fmt: skip
+            async_copy.commit_group()
+        step, tile, expert, tile_n, col = next_step(
+            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
+        )  # fmt: skip
+        count += 1
+    result = warpgroup_mma_wait(0, deps=(acc,))
+    row0 = work_n * BLOCK_N
+    if chosen:
+        if STREAM:
+            if (low == 0) & (high == steps):
+                finish_tile(
+                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
+                )
+            else:
+                share_tile(
+                    result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
+                    counter_ptr, bias_ptr, out_ptr, last, N, BLOCK_N * BLOCK_M, MMA, HAS_BIAS,
+                    num_warps,
+                )  # fmt: skip
+        else:
+            finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
+    return count, step, tile, expert, tile_n, col
+
+
 @gluon.jit(do_not_specialize=["M"])
 def stream_kernel(
     words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
@@ -104,7 +215,7 @@ def stream_kernel(
     M, N, K, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    EXPERTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    EXPERTS: gl.constexpr, PARTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr, SPREAD: gl.constexpr, GROUP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -113,9 +224,6 @@ def stream_kernel(
     BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
     DTYPE: gl.constexpr = arranged_desc.dtype
     GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
-    WIDTH: gl.constexpr = BLOCK_J // GROUPS
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
     steps = gl.cdiv(K, BLOCK_J * 4)
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
@@ -145,7 +253,8 @@ def stream_kernel(
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, BLOCK_J], words_desc.layout)
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4, BLOCK_M, BLOCK_J], arranged_desc.layout)
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
+    scale_smem = words_smem  # unused
+    zero_smem = words_smem
     if STAGED_SCALES:
         ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         SDT: gl.constexpr = scale_ptr.dtype.element_ty
@@ -217,84 +326,23 @@ def stream_kernel(
         )
         scales = of_expert(scale_ptr, of_work, stride_se)
         zeros = of_expert(zero_ptr, of_work, stride_ze)
-        rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
-        lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
-        if not STAGED_SCALES:
-            group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
-            next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
-            next_zero = next_scale
-            if HAS_ZERO:
-                next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
-        acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-        for now in range(low, high):
-            slot = count % STAGES
-            mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
-            words = words_smem.index(slot).load(OPERAND)
-            x = x_smem.index(slot)._reinterpret(DTYPE, [4, BLOCK_M, BLOCK_J], FLAT)
-            if STAGED_SCALES:
-                scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
-                zero = scale
-                if HAS_ZERO:
-                    zero = zero_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
-            else:
-                scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
-                zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
-                group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
-                next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
-                next_zero = next_scale
-                if HAS_ZERO:
-                    next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
-            scale = spread_operand(scale, WIDTH, OPERAND)
-            zero = spread_operand(zero, WIDTH, OPERAND)
-            for i in gl.static_range(4):
-                # The words are a dependency too: without it the next fragment may be unpacked into
-                # registers that a multiply in flight still reads.
-                acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
-                q = unpack_slot(words, i, SIGNED, DTYPE, True)
-                weight = scaled(q, scale, zero, HAS_ZERO, True)
-                acc = warpgroup_mma(weight, x.index(i).permute([1, 0]), acc, is_async=True)
-            if STAGED_SCALES:
-                async_copy.wait_group(STAGES - 3)
-            gl.thread_barrier()  # all warps are done with the stage before this one: refill it
-            free = (count + STAGES - 1) % STAGES
-            live = count + STAGES - 1 < total
-            mbarrier.expect(ready.index(free), BYTES, pred=live)
-            row_n = tile_n * BLOCK_N
-            place = [expert * pitch + row_n, step * BLOCK_J]
-            copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
-            place = [0, col, step * BLOCK_J]
-            copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
-            if STAGED_SCALES:
-                group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
-                copy_groups(
-                    scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
-                    live, n_groups, N, stride_sg, num_warps,
-                )  # fmt: skip
-                if HAS_ZERO:
-                    copy_groups(
-                        zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
-                        group0, live, n_groups, N, stride_zg, num_warps,
-                    )  # fmt: skip
-                async_copy.commit_group()
-            step, tile, expert, tile_n, col = next_step(
-                step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
-                plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
+        columns = last - col0
+        for part in gl.static_range(PARTS):  # the narrowest of PARTS widths that holds the columns
+            chosen = True
+            if PARTS > 1:
+                chosen = (columns <= (BLOCK_M >> part)) | (part == 0)
+                chosen &= (columns > (BLOCK_M >> (part + 1))) | (part == PARTS - 1)
+            count, step, tile, expert, tile_n, col = _multiply_tile(
+                chosen, count, step, tile, expert, tile_n, col,
+                work, work_n, low, high, col0, last,
+                words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
+                scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr,
+                plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze,
+                stride_zg, stride_zn, steps, total, whole, rest_tile, rest_step, programs, base,
+                extra, tiles_m, tiles_n,
+                GROUP_SIZE, SIGNED, HAS_ZERO, HAS_BIAS, STAGED_SCALES, STREAM, EXPERTS, STAGES,
+                IN_FLIGHT, GROUP_M, SPREAD, GROUP, BLOCK_M >> part, num_warps,
             )  # fmt: skip
-            count += 1
-        result = warpgroup_mma_wait(0, deps=(acc,))
-        row0 = work_n * BLOCK_N
-        if STREAM:
-            if (low == 0) & (high == steps):
-                finish_tile(
-                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
-                )
-            else:
-                share_tile(
-                    result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
-                    counter_ptr, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps,
-                )  # fmt: skip
-        else:
-            finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
 
 
 # --- calls ------------------------------------------------------------------------------------
@@ -335,7 +383,7 @@ def _matmul(
         M, N, K, K // group_size, 0, 0, *scale.stride(), 0, *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
-        EXPERTS=False, MIN_STEPS=1,
+        EXPERTS=False, PARTS=1, MIN_STEPS=1,
         STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

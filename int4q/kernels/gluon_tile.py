@@ -162,9 +162,13 @@ def finish_tile(
 @gluon.jit
 def share_tile(
     acc, tile, whole, low, steps, base, extra, row0, col0, partial_ptr, counter_ptr, bias_ptr,
-    out_ptr, M, N, MMA: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    out_ptr, M, N, PLACE: gl.constexpr, MMA: gl.constexpr, HAS_BIAS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Leave this program's part of a tile; the last of its programs adds all parts and stores."""
+    """Leave this program's part of a tile; the last of its programs adds all parts and stores.
+
+    PLACE: elements from one program's part to the next.
+    """
     BLOCK_N: gl.constexpr = acc.shape[0]
     BLOCK_M: gl.constexpr = acc.shape[1]
     AREA: gl.constexpr = BLOCK_N * BLOCK_M
@@ -176,15 +180,15 @@ def share_tile(
     place = partial_ptr + quad[:, None] * 4 + gl.arange(0, 4, gl.SliceLayout(0, FLAT))[None, :]
     # A program shares two tiles at most: the one it starts inside of and the one it ends in.
     mine = gl.program_id(0) * 2 + (low == 0).to(gl.int32)
-    gl.store(place + mine.to(gl.int64) * AREA, flat)
+    gl.store(place + mine.to(gl.int64) * PLACE, flat)
     gl.thread_barrier()  # all threads' stores before the one thread's release below
     arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
     first = owner_of((tile - whole) * steps, base, extra)
     last = owner_of((tile - whole + 1) * steps - 1, base, extra)
     if arrived == last - first:
-        total = gl.load(place + (first * 2 + 1).to(gl.int64) * AREA)
+        total = gl.load(place + (first * 2 + 1).to(gl.int64) * PLACE)
         for other in range(first + 1, last + 1):
-            total += gl.load(place + (other * 2).to(gl.int64) * AREA)
+            total += gl.load(place + (other * 2).to(gl.int64) * PLACE)
         apart = gl.reshape(total, [BLOCK_N // 16, BLOCK_M // 8, 8, 4, 2, 2])
         summed = gl.reshape(gl.permute(apart, [0, 4, 2, 1, 3, 5]), [BLOCK_N, BLOCK_M])
         summed = gl.convert_layout(summed, MMA, assert_trivial=True)

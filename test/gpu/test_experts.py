@@ -16,7 +16,9 @@ from int4q.kernels import (  # noqa: E402
     reference,
     registry,
     triton_experts,
+    tuned,
 )
+from int4q.kernels.triton_plan import Rows  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # ||y - reference|| / ||reference||: rounding of the output, uniform in half a unit (0.0017 for
@@ -152,6 +154,21 @@ def test_grouped_mm(case, engine):
     y = ENGINES[engine].int4_grouped_mm(x, qdata, scale, zero, case.group_size, offs)
     assert y.shape == (case.T, case.N) and y.dtype == case.dtype
     check(y, grouped(x, weights(case, qdata, scale, zero, engine), offs), engine, offs)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
+@pytest.mark.parametrize("block_m,block_n,warps", [(256, 128, 8), (128, 256, 8), (64, 128, 4)])
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_every_width_of_a_tile(block_m, block_n, warps, coalesced):
+    """Rows of an expert that end just before, on and after each width, tiles shared and not."""
+    counts = [c for w in (16, 32, 64, 128, 256) for c in (w - 1, w, w + 1)] + [300, 512, 513]
+    ends = tuple(torch.tensor(counts).cumsum(0).tolist())
+    case = Case(len(ends), 528, 640, 128, ends, ends[-1] + 3, coalesced=coalesced)
+    x, qdata, scale, zero, offs = parts(case)
+    config = tuned.StreamConfig(block_n, block_m, 128, warps, 3, programs=100, parts=3)
+    rows = Rows(case.T, case.E, offs)
+    y = gluon_experts._grouped(x, rows, qdata, scale, zero, 128, config)
+    check(y, grouped(x, weights(case, qdata, scale, zero), offs), offs=offs)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
