@@ -84,7 +84,7 @@ class _Plan:
             properties.shared_memory_per_multiprocessor,
         )
         blocks = E * -(-(T // E) // rows) if even else T // rows + min(E, T)
-        tables = -(-_PLAN_ENTRY * (blocks + 1) // 128) * 128
+        tables = -(-_PLAN_ENTRY * blocks // 128) * 128
         table_block = -(-ring.table_bytes // 128) * 128
         self.scratch_bytes = tables + blocks * table_block
         codes = cuda_decode._TYPE_CODES
