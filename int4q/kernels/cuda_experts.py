@@ -21,7 +21,7 @@ from int4q.kernels.cuda_decode import ROW_UNIT, STEP_K, Config
 
 MAX_MEAN_ROWS = 5
 """Rows an expert has on average, up to which these kernels are the fastest (H200)."""
-_PARAMS = struct.Struct("=8Q4q10iQ4q2i")
+_PARAMS = struct.Struct("=8Q4q10iQ4q4i")
 _PLAN_ENTRY = 16  # bytes
 
 
@@ -84,7 +84,7 @@ class _Plan:
             properties.shared_memory_per_multiprocessor,
         )
         blocks = E * -(-(T // E) // rows) if even else T // rows + min(E, T)
-        tables = -(-_PLAN_ENTRY * blocks // 128) * 128
+        tables = -(-_PLAN_ENTRY * (blocks + 1) // 128) * 128
         table_block = -(-ring.table_bytes // 128) * 128
         self.scratch_bytes = tables + blocks * table_block
         codes = cuda_decode._TYPE_CODES
@@ -103,7 +103,7 @@ class _Plan:
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
             0,
         )
-        self.stack = (qdata.stride(0), scale.stride(0), tables, table_block, E, T // E)
+        self.stack = (qdata.stride(0), scale.stride(0), tables, table_block, E, T // E, blocks, 0)
         self.params = ctypes.create_string_buffer(_PARAMS.size)
         module = nvrtc.load(cuda_decode._source(), defines, self.index)
         rest = self.params, dependent

@@ -31,11 +31,15 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from int4q.kernels import tuned
 from int4q.kernels.gluon_tile import (
     can_stage,
+    copied_tile,
+    copy_columns,
     copy_groups,
     descriptor,
+    expect_stage,
     finish_tile,
     fits_tma,
     group_layout,
+    is_narrow,
     next_step,
     of_expert,
     share_tile,
@@ -92,16 +96,18 @@ copy_box = tma.async_copy_global_to_shared
 
 @gluon.jit
 def _multiply_tile(
-    chosen, count, step, tile, expert, tile_n, col,  # of the ring: see stream_kernel
+    chosen, count, step, tile, expert, tile_n, col, narrow,  # of the ring: see stream_kernel
     work, work_n, low, high, col0, last,  # the tile, its steps, its columns col0 .. last - 1
     words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
+    narrow_desc,
     scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, plan_ptr,
     M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     steps, total, whole, rest_tile, rest_step, programs, base, extra, tiles_m, tiles_n,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
     EXPERTS: gl.constexpr, STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
-    SPREAD: gl.constexpr, GROUP: gl.constexpr, COLS: gl.constexpr, num_warps: gl.constexpr,
+    SPREAD: gl.constexpr, GROUP: gl.constexpr, COLS: gl.constexpr, NARROW: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Multiply, and store or share, one tile, if it is ``chosen``: its first COLS columns.
 
@@ -115,7 +121,8 @@ def _multiply_tile(
     WIDTH: gl.constexpr = BLOCK_J // GROUPS
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
+    WORDS: gl.constexpr = BLOCK_N * BLOCK_J * 2
+    COLUMN: gl.constexpr = BLOCK_J * 8
     FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
     rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
     lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
@@ -130,7 +137,7 @@ def _multiply_tile(
         slot = count % STAGES
         mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
         words = words_smem.index(slot).load(OPERAND)
-        x = x_smem.index(slot)._reinterpret(DTYPE, [4, BLOCK_M, BLOCK_J], FLAT)
+        x = x_smem.index(slot)._reinterpret(DTYPE, [4, COLS, BLOCK_J], FLAT)
         if STAGED_SCALES:
             scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
             zero = scale
@@ -152,19 +159,20 @@ def _multiply_tile(
             acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
             q = unpack_slot(words, i, SIGNED, DTYPE, True)
             weight = scaled(q, scale, zero, HAS_ZERO, True)
-            columns = x.index(i).slice(0, COLS, dim=0).permute([1, 0])
-            acc = warpgroup_mma(weight, columns, acc, is_async=True)
+            acc = warpgroup_mma(weight, x.index(i).permute([1, 0]), acc, is_async=True)
         if STAGED_SCALES:
             async_copy.wait_group(STAGES - 3)
         gl.thread_barrier()  # all warps are done with the stage before this one: refill it
         free = (count + STAGES - 1) % STAGES
         live = count + STAGES - 1 < total
-        mbarrier.expect(ready.index(free), BYTES, pred=live)
+        expect_stage(ready.index(free), narrow, live, WORDS, COLUMN, BLOCK_M, NARROW)
         row_n = tile_n * BLOCK_N
         place = [expert * pitch + row_n, step * BLOCK_J]
         copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
-        place = [0, col, step * BLOCK_J]
-        copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
+        copy_columns(
+            arranged_desc, narrow_desc, col, step * BLOCK_J, ready.index(free),
+            x_smem.index(free), narrow, live, NARROW,
+        )  # fmt: skip
         if STAGED_SCALES:
             group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
             copy_groups(
@@ -177,9 +185,9 @@ def _multiply_tile(
                     group0, live, n_groups, N, stride_zg, num_warps,
                 )  # fmt: skip
             async_copy.commit_group()
-        step, tile, expert, tile_n, col = next_step(
-            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
+        step, tile, expert, tile_n, col, narrow = next_step(
+            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
         )  # fmt: skip
         count += 1
     result = warpgroup_mma_wait(0, deps=(acc,))
@@ -198,13 +206,14 @@ def _multiply_tile(
                 )  # fmt: skip
         else:
             finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
-    return count, step, tile, expert, tile_n, col
+    return count, step, tile, expert, tile_n, col, narrow
 
 
 @gluon.jit(do_not_specialize=["M"])
 def stream_kernel(
     words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
     arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
+    narrow_desc,  # the same in boxes [4, NARROW, BLOCK_J], or unused
     scale_ptr,  # [experts, n_groups, N] by strides
     zero_ptr,  # [experts, n_groups, N] by strides, or unused
     bias_ptr,  # [N] or unused
@@ -215,7 +224,7 @@ def stream_kernel(
     M, N, K, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    EXPERTS: gl.constexpr, PARTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    EXPERTS: gl.constexpr, NARROW: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr, SPREAD: gl.constexpr, GROUP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -224,7 +233,8 @@ def stream_kernel(
     BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
     DTYPE: gl.constexpr = arranged_desc.dtype
     GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
-    BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
+    WORDS: gl.constexpr = BLOCK_N * BLOCK_J * 2
+    COLUMN: gl.constexpr = BLOCK_J * 8
     steps = gl.cdiv(K, BLOCK_J * 4)
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -272,10 +282,12 @@ def stream_kernel(
     # Fill the ring: weights first, since only the activation depends on the kernel before.
     tile = first_tile
     step = first_step
-    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
+    expert, tile_n, col, narrow = copied_tile(
+        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
+    )
     for i in gl.static_range(STAGES - 1):
         live = i < total
-        mbarrier.expect(ready.index(i), BYTES, pred=live)
+        expect_stage(ready.index(i), narrow, live, WORDS, COLUMN, BLOCK_M, NARROW)
         place = [expert * pitch + tile_n * BLOCK_N, step * BLOCK_J]
         copy_box(words_desc, place, ready.index(i), words_smem.index(i), pred=live)
         if STAGED_SCALES:
@@ -291,21 +303,25 @@ def stream_kernel(
                     live, n_groups, N, stride_zg, num_warps,
                 )  # fmt: skip
             async_copy.commit_group()
-        step, tile, expert, tile_n, col = next_step(
-            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
+        step, tile, expert, tile_n, col, narrow = next_step(
+            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
         )  # fmt: skip
     if not EXPERTS:
         wait_for_producer(True)
     tile = first_tile
     step = first_step
-    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
+    expert, tile_n, col, narrow = copied_tile(
+        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
+    )
     for i in gl.static_range(STAGES - 1):
-        place = [0, col, step * BLOCK_J]
-        copy_box(arranged_desc, place, ready.index(i), x_smem.index(i), pred=i < total)
-        step, tile, expert, tile_n, col = next_step(
-            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
+        copy_columns(
+            arranged_desc, narrow_desc, col, step * BLOCK_J, ready.index(i),
+            x_smem.index(i), narrow, i < total, NARROW,
+        )  # fmt: skip
+        step, tile, expert, tile_n, col, narrow = next_step(
+            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
         )  # fmt: skip
     if STAGED_SCALES:
         async_copy.wait_group(STAGES - 2)
@@ -326,22 +342,18 @@ def stream_kernel(
         )
         scales = of_expert(scale_ptr, of_work, stride_se)
         zeros = of_expert(zero_ptr, of_work, stride_ze)
-        columns = last - col0
-        for part in gl.static_range(PARTS):  # the narrowest of PARTS widths that holds the columns
-            chosen = True
-            if PARTS > 1:
-                chosen = (columns <= (BLOCK_M >> part)) | (part == 0)
-                chosen &= (columns > (BLOCK_M >> (part + 1))) | (part == PARTS - 1)
-            count, step, tile, expert, tile_n, col = _multiply_tile(
-                chosen, count, step, tile, expert, tile_n, col,
+        thin = is_narrow(last - col0, NARROW)
+        for i in gl.static_range(2 if NARROW else 1):
+            count, step, tile, expert, tile_n, col, narrow = _multiply_tile(
+                thin == (i == 1), count, step, tile, expert, tile_n, col, narrow,
                 work, work_n, low, high, col0, last,
                 words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
-                scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr,
-                plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze,
+                narrow_desc, scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr,
+                counter_ptr, plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze,
                 stride_zg, stride_zn, steps, total, whole, rest_tile, rest_step, programs, base,
                 extra, tiles_m, tiles_n,
                 GROUP_SIZE, SIGNED, HAS_ZERO, HAS_BIAS, STAGED_SCALES, STREAM, EXPERTS, STAGES,
-                IN_FLIGHT, GROUP_M, SPREAD, GROUP, BLOCK_M >> part, num_warps,
+                IN_FLIGHT, GROUP_M, SPREAD, GROUP, NARROW if i else BLOCK_M, NARROW, num_warps,
             )  # fmt: skip
 
 
@@ -377,13 +389,13 @@ def _matmul(
     staged = staged and config.stage_scales and config.num_stages > 2
     stream_kernel[(programs,)](
         descriptor(words, [config.block_n, block_j]),
-        descriptor(arranged, [4, config.block_m, block_j]),
+        *[descriptor(arranged, [4, config.block_m, block_j])] * 2,
         scale, zero, out if bias is None else bias.contiguous(), out, partial,
         out if counters is None else counters, out,
         M, N, K, K // group_size, 0, 0, *scale.stride(), 0, *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
-        EXPERTS=False, PARTS=1, MIN_STEPS=1,
+        EXPERTS=False, NARROW=0, MIN_STEPS=1,
         STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from int4q.kernels.triton_common import store_transposed, with_bias
@@ -97,9 +98,28 @@ def owner_of(step, base, extra):
 
 
 @gluon.jit
+def is_narrow(columns, NARROW: gl.constexpr):
+    """Whether a tile of so many columns is multiplied as one of NARROW; 0 for never."""
+    return columns <= NARROW
+
+
+@gluon.jit
+def copied_tile(
+    tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr,
+    EXPERTS: gl.constexpr, NARROW: gl.constexpr,
+):  # fmt: skip
+    """What the copies of a tile need: expert, tile of N, first row of x, whether it is narrow."""
+    expert, tile_n, col, end = locate(
+        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
+    )
+    return expert, tile_n, col, is_narrow(end - col, NARROW)
+
+
+@gluon.jit
 def next_step(
-    step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs, plan_ptr, M,
-    tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr, EXPERTS: gl.constexpr,
+    step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs, plan_ptr,
+    M, tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr, EXPERTS: gl.constexpr,
+    NARROW: gl.constexpr,
 ):  # fmt: skip
     """The next step of this program: its whole tiles first, then its share of the rest."""
     step += 1
@@ -112,10 +132,30 @@ def next_step(
         else:
             tile = rest_tile
             step = rest_step
-        expert, tile_n, col, _ = locate(
-            tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
+        expert, tile_n, col, narrow = copied_tile(
+            tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
         )
-    return step, tile, expert, tile_n, col
+    return step, tile, expert, tile_n, col, narrow
+
+
+@gluon.jit
+def expect_stage(ready, narrow, live, WORDS: gl.constexpr, COLUMN: gl.constexpr,
+                 BLOCK_M: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
+    """Let a stage wait for WORDS bytes of weights and COLUMN bytes of each row of x."""
+    if NARROW:
+        mbarrier.expect(ready, WORDS + NARROW * COLUMN, pred=live & narrow)
+        live = live & (not narrow)
+    mbarrier.expect(ready, WORDS + BLOCK_M * COLUMN, pred=live)
+
+
+@gluon.jit
+def copy_columns(desc, narrow_desc, col, j, ready, target, narrow, live, NARROW: gl.constexpr):
+    """Start copying a tile's rows of x into a stage."""
+    if NARROW:
+        view = target._reinterpret(desc.dtype, narrow_desc.block_type.shape, desc.layout)
+        tma.async_copy_global_to_shared(narrow_desc, [0, col, j], ready, view, pred=live & narrow)
+        live = live & (not narrow)
+    tma.async_copy_global_to_shared(desc, [0, col, j], ready, target, pred=live)
 
 
 @gluon.jit

@@ -62,7 +62,7 @@ class StreamConfig:
         group_m: tiles of M that go round before the next tile of N.
         stage_scales: copy scales through the ring where their layout allows.
         max_registers: cap, so that more programs fit on a multiprocessor.
-        parts: widths that a tile of experts' rows may have: block_m, half of it, and so on.
+        narrow: columns of a tile for the last few rows of an expert; 0 for none of its own.
     """
 
     block_n: int
@@ -76,7 +76,7 @@ class StreamConfig:
     group_m: int = 1
     stage_scales: bool = True
     max_registers: int | None = None
-    parts: int = 1
+    narrow: int = 0
 
 
 GLUON_FROM_M = 9

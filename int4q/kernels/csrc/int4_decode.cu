@@ -74,7 +74,7 @@ struct Params {
     i64 scale_expert;         // elements
     i64 tables;               // bytes from `table`, where the plan is, to the first block's table
     i64 table_block;          // bytes of one block's table
-    int experts, rows_each;
+    int experts, rows_each, max_blocks, unused2;
 #endif
 };
 
@@ -304,70 +304,40 @@ __device__ __forceinline__ void quantise_step(const Params& p, const Table& t, i
 }
 
 #if EXPERTS
-// The plan, at p.table: for each block the expert, its first row of x and the number of its rows.
+// The plan, at p.table: first the number of blocks, then for each the expert, its first row of x and the number of its rows.
 struct Place {
     int expert, begin, end;   // the expert of a row (experts if it has none), and the rows of that expert
     int first_block, blocks;  // the expert's first block, and the blocks of all experts
 };
-// The end row of the lane's expert, `base` + lane; `carry`: that of the expert before `base`. A whole warp.
-__device__ __forceinline__ int end_row_of(const Params& p, int base, int lane, int carry) {
-    const int e = base + lane;
-    int end = carry;          // ends below an earlier one, or outside of x, must not lead out of bounds
-    if (e < p.experts) {
-        end = (e + 1) * p.rows_each;
-        if (p.offs) asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(end) : "l"(p.offs + e));
-        end = max(carry, min(end, p.M));
-    }
-    #pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-        const int before = __shfl_up_sync(~0u, end, o);
-        if (lane >= o) end = max(end, before);
-    }
-    return end;
-}
-__device__ __forceinline__ int blocks_between(int end, int lane, int carry) {
-    int begin = __shfl_up_sync(~0u, end, 1);
-    if (lane == 0) begin = carry;
-    return (end - begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
-}
+// By a whole warp. Ends that fall, which no router gives, lead to a plan that makes no sense, but of entries inside of it.
 __device__ __forceinline__ Place place_of(const Params& p, int row, int lane) {
-    Place found = {0, 0, p.M, 0, 0};
-    int carry = 0;
-    for (int base = 0; base < p.experts; base += 32) {
-        const int end = end_row_of(p, base, lane, carry), blocks = blocks_between(end, lane, carry);
-        const bool past = base + lane < p.experts && end <= row;
-        found.expert += __popc(__ballot_sync(~0u, past));
-        found.begin = max(found.begin, __reduce_max_sync(~0u, past ? end : 0));
-        found.end = min(found.end, __reduce_min_sync(~0u, end > row ? end : p.M));
-        found.first_block += __reduce_add_sync(~0u, past ? blocks : 0);
-        found.blocks += __reduce_add_sync(~0u, blocks);
-        carry = __shfl_sync(~0u, end, 31);
+    int past_experts = 0, begin = 0, end = p.M, first_block = 0, blocks = 0;
+    for (int e = lane; e < p.experts; e += 32) {
+        int from = e * p.rows_each, to = from + p.rows_each;
+        if (p.offs) from = e ? p.offs[e - 1] : 0, to = p.offs[e];
+        from = max(min(from, p.M), 0);
+        to = max(min(to, p.M), from);
+        const int own = (to - from + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        const bool past = to <= row;
+        past_experts += past;
+        begin = max(begin, past ? to : 0);
+        end = min(end, past ? p.M : to);
+        first_block += past ? own : 0;
+        blocks += own;
     }
+    Place found;
+    found.expert = __reduce_add_sync(~0u, past_experts);
+    found.begin = __reduce_max_sync(~0u, begin);
+    found.end = __reduce_min_sync(~0u, end);
+    found.first_block = __reduce_add_sync(~0u, first_block);
+    found.blocks = min(__reduce_add_sync(~0u, blocks), p.max_blocks);
     return found;
-}
-__device__ __forceinline__ int expert_of_block(const Params& p, int block, int lane) {
-    int carry = 0, before = 0;
-    for (int base = 0; base < p.experts; base += 32) {
-        const int end = end_row_of(p, base, lane, carry);
-        int after = blocks_between(end, lane, carry);
-        #pragma unroll
-        for (int o = 1; o < 32; o <<= 1) {
-            const int more = __shfl_up_sync(~0u, after, o);
-            if (lane >= o) after += more;
-        }
-        const u32 found = __ballot_sync(~0u, before + after > block);
-        if (found) return base + __ffs(found) - 1;
-        before += __shfl_sync(~0u, after, 31);
-        carry = __shfl_sync(~0u, end, 31);
-    }
-    return 0;
 }
 
 // Grid: enough warps for M * steps, one (row, step) each. Rows of no expert get zeros as their result.
 extern "C" __global__ void quantise_activations(const __grid_constant__ Params p) {
-    // First wait, then release: int4_decode reads offs and weights at once, and the kernel before may have written them.
-    wait_for_previous_kernel();
     launch_dependents();
+    wait_for_previous_kernel();
     const int steps = (p.K + STEP_K - 1) / STEP_K;
     const int unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
     if (unit >= steps * p.M) return;
@@ -376,13 +346,15 @@ extern "C" __global__ void quantise_activations(const __grid_constant__ Params p
     load_octet(p, row, step * STEP_K + lane * 8, f);
     const Place place = place_of(p, row, lane);
     int4* plan = (int4*)p.table;
+    if (unit == 0 && lane == 0) plan[0] = make_int4(place.blocks, 0, 0, 0);
     if (place.expert >= p.experts) {
         const int first = (i64)p.N * step / steps, end = (i64)p.N * (step + 1) / steps;
         for (int n = first + lane; n < end; n += 32) store_from_float(p.out, (i64)row * p.N + n, 0.f);
         return;
     }
     const int block = place.first_block + (row - place.begin) / BLOCK_ROWS, m = (row - place.begin) % BLOCK_ROWS;
-    if (m == 0 && step == 0 && lane == 0) plan[block] = make_int4(place.expert, row, min(BLOCK_ROWS, place.end - row), 0);
+    if (block >= p.max_blocks) return;
+    if (m == 0 && step == 0 && lane == 0) plan[1 + block] = make_int4(place.expert, row, min(BLOCK_ROWS, place.end - row), 0);
     quantise_step(p, table_at(p.table + p.tables + block * p.table_block, steps), m, step, lane, f);
 }
 #else
@@ -420,7 +392,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     // The weight rows of all blocks, one block after the other, are dealt out evenly: from `first_row` of block `load_block` to
     // `last_end` of `last_block`. (p.units_per_cta: units of one block.)
     launch_dependents();
-    const i64 units = (i64)place_of(p, 0, lane).blocks * p.units_per_cta;
+    wait_for_previous_kernel();
+    const int4* plan = (const int4*)p.table;
+    const i64 units = (i64)plan[0].x * p.units_per_cta;
     const i64 first_unit = units * cta / gridDim.x, end_unit = units * (cta + 1) / gridDim.x;
     if (first_unit >= end_unit) return;
     int load_block = (int)(first_unit / p.units_per_cta);
@@ -428,7 +402,8 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     int first_row = (int)(first_unit - (i64)load_block * p.units_per_cta) * p.row_unit;
     const int last_end = min((int)(end_unit - (i64)last_block * p.units_per_cta) * p.row_unit, p.N);
     int end_row = load_block == last_block ? last_end : p.N;
-    const int expert = expert_of_block(p, load_block, lane), first_block = load_block;
+    const auto expert_of = [&](int block) { return min((u32)plan[1 + block].x, p.experts - 1u); };  // always one of them
+    const int expert = expert_of(load_block), first_block = load_block;
 #else
     const int first_row = (cta * p.units_per_cta + min(cta, p.extra_units)) * p.row_unit;
     const int end_row = min(first_row + (p.units_per_cta + (cta < p.extra_units)) * p.row_unit, p.N);
@@ -478,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         }
     };
     point_at(expert, first_row);
-    auto issue = [&](u32 stage, bool early) {                     // early: before the wait for the kernel in front
+    auto issue = [&](u32 stage) {
         while (load_step >= steps) {
             load_step -= steps;
             rows_left -= ROWS;
@@ -489,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
             if (rows_left <= 0 && load_block < last_block) {
                 load_block++;
                 rows_left = load_block == last_block ? last_end : p.N;
-                point_at(early ? expert_of_block(p, load_block, lane) : ((const int4*)p.table)[load_block].x, 0);
+                point_at(expert_of(load_block), 0);
             }
 #endif
         }
@@ -514,10 +489,12 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         load_step += WARPS;
     };
     #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) issue(ring + i * STAGE_BYTES, true);
+    for (int i = 0; i < STAGES - 1; i++) issue(ring + i * STAGE_BYTES);
 
+#if !EXPERTS
     // Weights do not depend on the kernel before this one; activations do.
     wait_for_previous_kernel();
+#endif
 #if FUSED
     const Table table = table_at(shared + WARPS * RING_BYTES + PARTIAL_BYTES, steps);
     constexpr int BATCH = 4;  // loads in flight
@@ -547,13 +524,14 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     int x_rows = p.M, x_row0 = 0;                                                    // rows of x, and the first one
 #if EXPERTS
     for (int block = first_block; block <= last_block; block++) {
-    const int4 entry = ((const int4*)p.table)[block];
+    const int4 entry = plan[1 + block];
+    const int stacked = expert_of(block);
     if (block > first_block) first_row = 0;
     end_row = block == last_block ? last_end : p.N;
-    x_row0 = entry.y, x_rows = entry.z;
+    x_row0 = min((u32)entry.y, (u32)p.M), x_rows = min((u32)entry.z, min((u32)BLOCK_ROWS, (u32)(p.M - x_row0)));
     table = table_at(p.table + p.tables + block * p.table_block, steps);
-    scale_base = p.scale + entry.x * p.scale_expert * SCALE_BYTES;
-    zero_base = p.zero_point + entry.x * p.scale_expert * SCALE_BYTES;
+    scale_base = p.scale + stacked * p.scale_expert * SCALE_BYTES;
+    zero_base = p.zero_point + stacked * p.scale_expert * SCALE_BYTES;
 #endif
     const char* x_lane = table.values + lane * 16;
     const float* factors_lane = table.factors + (sum0 / SPLIT) * FACTORS + (SPLIT > 1 ? sum0 % SPLIT * 2 : 0);
@@ -624,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                     }
 #endif
             __syncwarp();  // every lane is done with the stage that issue() overwrites
-            issue(last_stage, false);
+            issue(last_stage);
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
             __syncwarp();
             const char* scales = shared + stage + ROWS * 128;
