@@ -342,16 +342,16 @@ def stream_kernel(
         )
         scales = of_expert(scale_ptr, of_work, stride_se)
         zeros = of_expert(zero_ptr, of_work, stride_ze)
-        thin = is_narrow(last - col0, NARROW)
+        thin = is_narrow(last - col0, NARROW) if NARROW else False
         for i in gl.static_range(2 if NARROW else 1):
             count, step, tile, expert, tile_n, col, narrow = _multiply_tile(
                 thin == (i == 1), count, step, tile, expert, tile_n, col, narrow,
                 work, work_n, low, high, col0, last,
                 words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
                 narrow_desc, scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr,
-                counter_ptr, plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze,
-                stride_zg, stride_zn, steps, total, whole, rest_tile, rest_step, programs, base,
-                extra, tiles_m, tiles_n,
+                counter_ptr, plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn,
+                stride_ze, stride_zg, stride_zn, steps, total, whole, rest_tile, rest_step,
+                programs, base, extra, tiles_m, tiles_n,
                 GROUP_SIZE, SIGNED, HAS_ZERO, HAS_BIAS, STAGED_SCALES, STREAM, EXPERTS, STAGES,
                 IN_FLIGHT, GROUP_M, SPREAD, GROUP, NARROW if i else BLOCK_M, NARROW, num_warps,
             )  # fmt: skip
