@@ -40,15 +40,14 @@ def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -
     arranged, plan = plan_experts(x, rows, out, config.block_m, counters, pdl=True)
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
-    widths = config.block_m, config.narrow or config.block_m
     stream_kernel[(config.programs,)](
         descriptor(words, [config.block_n, block_j]),
-        *(descriptor(arranged, [4, width, block_j]) for width in widths),
+        descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out, out, partial, counters, plan,
         T, N, K, K // group_size, pitch, *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=True, HAS_ZERO=True, HAS_BIAS=False,
         STAGED_SCALES=staged and config.stage_scales and config.num_stages > 2, STREAM=True,
-        EXPERTS=True, NARROW=config.narrow, MIN_STEPS=config.min_steps, STAGES=config.num_stages,
+        EXPERTS=True, MIN_STEPS=config.min_steps, STAGES=config.num_stages,
         IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

@@ -31,15 +31,11 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from int4q.kernels import tuned
 from int4q.kernels.gluon_tile import (
     can_stage,
-    copied_tile,
-    copy_columns,
     copy_groups,
     descriptor,
-    expect_stage,
     finish_tile,
     fits_tma,
     group_layout,
-    is_narrow,
     next_step,
     of_expert,
     share_tile,
@@ -94,126 +90,10 @@ def unsupported(problem) -> str | None:
 copy_box = tma.async_copy_global_to_shared
 
 
-@gluon.jit
-def _multiply_tile(
-    chosen, count, step, tile, expert, tile_n, col, narrow,  # of the ring: see stream_kernel
-    work, work_n, low, high, col0, last,  # the tile, its steps, its columns col0 .. last - 1
-    words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
-    narrow_desc,
-    scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, plan_ptr,
-    M, N, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
-    steps, total, whole, rest_tile, rest_step, programs, base, extra, tiles_m, tiles_n,
-    GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
-    HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    EXPERTS: gl.constexpr, STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
-    SPREAD: gl.constexpr, GROUP: gl.constexpr, COLS: gl.constexpr, NARROW: gl.constexpr,
-    num_warps: gl.constexpr,
-):  # fmt: skip
-    """Multiply, and store or share, one tile, if it is ``chosen``: its first COLS columns.
-
-    The copies for later steps go on meanwhile; returns where they are.
-    """
-    BLOCK_N: gl.constexpr = words_desc.block_type.shape[0]
-    BLOCK_J: gl.constexpr = words_desc.block_type.shape[1]
-    BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
-    DTYPE: gl.constexpr = arranged_desc.dtype
-    GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
-    WIDTH: gl.constexpr = BLOCK_J // GROUPS
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    WORDS: gl.constexpr = BLOCK_N * BLOCK_J * 2
-    COLUMN: gl.constexpr = BLOCK_J * 8
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
-    rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
-    lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
-    if not STAGED_SCALES:
-        group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
-        next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
-        next_zero = next_scale
-        if HAS_ZERO:
-            next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
-    acc = warpgroup_mma_init(gl.zeros([BLOCK_N, COLS], gl.float32, MMA))
-    for now in range(low, gl.where(chosen, high, low)):
-        slot = count % STAGES
-        mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
-        words = words_smem.index(slot).load(OPERAND)
-        x = x_smem.index(slot)._reinterpret(DTYPE, [4, COLS, BLOCK_J], FLAT)
-        if STAGED_SCALES:
-            scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
-            zero = scale
-            if HAS_ZERO:
-                zero = zero_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
-        else:
-            scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
-            zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
-            group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
-            next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
-            next_zero = next_scale
-            if HAS_ZERO:
-                next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
-        scale = spread_operand(scale, WIDTH, OPERAND)
-        zero = spread_operand(zero, WIDTH, OPERAND)
-        for i in gl.static_range(4):
-            # The words are a dependency too: without it the next fragment may be unpacked into
-            # registers that a multiply in flight still reads.
-            acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
-            q = unpack_slot(words, i, SIGNED, DTYPE, True)
-            weight = scaled(q, scale, zero, HAS_ZERO, True)
-            acc = warpgroup_mma(weight, x.index(i).permute([1, 0]), acc, is_async=True)
-        if STAGED_SCALES:
-            async_copy.wait_group(STAGES - 3)
-        gl.thread_barrier()  # all warps are done with the stage before this one: refill it
-        free = (count + STAGES - 1) % STAGES
-        live = count + STAGES - 1 < total
-        expect_stage(ready.index(free), narrow, live, WORDS, COLUMN, BLOCK_M, NARROW)
-        row_n = tile_n * BLOCK_N
-        place = [expert * pitch + row_n, step * BLOCK_J]
-        copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
-        copy_columns(
-            arranged_desc, narrow_desc, col, step * BLOCK_J, ready.index(free),
-            x_smem.index(free), narrow, live, NARROW,
-        )  # fmt: skip
-        if STAGED_SCALES:
-            group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
-            copy_groups(
-                scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
-                live, n_groups, N, stride_sg, num_warps,
-            )  # fmt: skip
-            if HAS_ZERO:
-                copy_groups(
-                    zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
-                    group0, live, n_groups, N, stride_zg, num_warps,
-                )  # fmt: skip
-            async_copy.commit_group()
-        step, tile, expert, tile_n, col, narrow = next_step(
-            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
-        )  # fmt: skip
-        count += 1
-    result = warpgroup_mma_wait(0, deps=(acc,))
-    row0 = work_n * BLOCK_N
-    if chosen:
-        if STREAM:
-            if (low == 0) & (high == steps):
-                finish_tile(
-                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
-                )
-            else:
-                share_tile(
-                    result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
-                    counter_ptr, bias_ptr, out_ptr, last, N, BLOCK_N * BLOCK_M, MMA, HAS_BIAS,
-                    num_warps,
-                )  # fmt: skip
-        else:
-            finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
-    return count, step, tile, expert, tile_n, col, narrow
-
-
 @gluon.jit(do_not_specialize=["M"])
 def stream_kernel(
     words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
     arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
-    narrow_desc,  # the same in boxes [4, NARROW, BLOCK_J], or unused
     scale_ptr,  # [experts, n_groups, N] by strides
     zero_ptr,  # [experts, n_groups, N] by strides, or unused
     bias_ptr,  # [N] or unused
@@ -224,7 +104,7 @@ def stream_kernel(
     M, N, K, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    EXPERTS: gl.constexpr, NARROW: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    EXPERTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
     IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr, SPREAD: gl.constexpr, GROUP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -233,8 +113,10 @@ def stream_kernel(
     BLOCK_M: gl.constexpr = arranged_desc.block_type.shape[1]
     DTYPE: gl.constexpr = arranged_desc.dtype
     GROUPS: gl.constexpr = max(1, BLOCK_J * 4 // GROUP_SIZE)
-    WORDS: gl.constexpr = BLOCK_N * BLOCK_J * 2
-    COLUMN: gl.constexpr = BLOCK_J * 8
+    WIDTH: gl.constexpr = BLOCK_J // GROUPS
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
     steps = gl.cdiv(K, BLOCK_J * 4)
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -263,8 +145,7 @@ def stream_kernel(
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, BLOCK_J], words_desc.layout)
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4, BLOCK_M, BLOCK_J], arranged_desc.layout)
-    scale_smem = words_smem  # unused
-    zero_smem = words_smem
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_J * 2, 16, 2)
     if STAGED_SCALES:
         ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         SDT: gl.constexpr = scale_ptr.dtype.element_ty
@@ -282,12 +163,10 @@ def stream_kernel(
     # Fill the ring: weights first, since only the activation depends on the kernel before.
     tile = first_tile
     step = first_step
-    expert, tile_n, col, narrow = copied_tile(
-        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
-    )
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
         live = i < total
-        expect_stage(ready.index(i), narrow, live, WORDS, COLUMN, BLOCK_M, NARROW)
+        mbarrier.expect(ready.index(i), BYTES, pred=live)
         place = [expert * pitch + tile_n * BLOCK_N, step * BLOCK_J]
         copy_box(words_desc, place, ready.index(i), words_smem.index(i), pred=live)
         if STAGED_SCALES:
@@ -303,25 +182,21 @@ def stream_kernel(
                     live, n_groups, N, stride_zg, num_warps,
                 )  # fmt: skip
             async_copy.commit_group()
-        step, tile, expert, tile_n, col, narrow = next_step(
-            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
+        step, tile, expert, tile_n, col = next_step(
+            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
         )  # fmt: skip
     if not EXPERTS:
         wait_for_producer(True)
     tile = first_tile
     step = first_step
-    expert, tile_n, col, narrow = copied_tile(
-        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
-    )
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
-        copy_columns(
-            arranged_desc, narrow_desc, col, step * BLOCK_J, ready.index(i),
-            x_smem.index(i), narrow, i < total, NARROW,
-        )  # fmt: skip
-        step, tile, expert, tile_n, col, narrow = next_step(
-            step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs,
-            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW,
+        place = [0, col, step * BLOCK_J]
+        copy_box(arranged_desc, place, ready.index(i), x_smem.index(i), pred=i < total)
+        step, tile, expert, tile_n, col = next_step(
+            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
         )  # fmt: skip
     if STAGED_SCALES:
         async_copy.wait_group(STAGES - 2)
@@ -342,19 +217,84 @@ def stream_kernel(
         )
         scales = of_expert(scale_ptr, of_work, stride_se)
         zeros = of_expert(zero_ptr, of_work, stride_ze)
-        thin = is_narrow(last - col0, NARROW) if NARROW else False
-        for i in gl.static_range(2 if NARROW else 1):
-            count, step, tile, expert, tile_n, col, narrow = _multiply_tile(
-                thin == (i == 1), count, step, tile, expert, tile_n, col, narrow,
-                work, work_n, low, high, col0, last,
-                words_smem, x_smem, scale_smem, zero_smem, ready, words_desc, arranged_desc,
-                narrow_desc, scales, zeros, scale_ptr, zero_ptr, bias_ptr, out_ptr, partial_ptr,
-                counter_ptr, plan_ptr, M, N, n_groups, pitch, stride_se, stride_sg, stride_sn,
-                stride_ze, stride_zg, stride_zn, steps, total, whole, rest_tile, rest_step,
-                programs, base, extra, tiles_m, tiles_n,
-                GROUP_SIZE, SIGNED, HAS_ZERO, HAS_BIAS, STAGED_SCALES, STREAM, EXPERTS, STAGES,
-                IN_FLIGHT, GROUP_M, SPREAD, GROUP, NARROW if i else BLOCK_M, NARROW, num_warps,
+        rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
+        lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
+        if not STAGED_SCALES:
+            group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
+            next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
+            next_zero = next_scale
+            if HAS_ZERO:
+                next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
+        for now in range(low, high):
+            slot = count % STAGES
+            mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
+            words = words_smem.index(slot).load(OPERAND)
+            x = x_smem.index(slot)._reinterpret(DTYPE, [4, BLOCK_M, BLOCK_J], FLAT)
+            if STAGED_SCALES:
+                scale = scale_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+                zero = scale
+                if HAS_ZERO:
+                    zero = zero_smem.index(slot).permute([1, 0]).load(gl.SliceLayout(2, SPREAD))
+            else:
+                scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
+                zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
+                group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
+                next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
+                next_zero = next_scale
+                if HAS_ZERO:
+                    next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
+            scale = spread_operand(scale, WIDTH, OPERAND)
+            zero = spread_operand(zero, WIDTH, OPERAND)
+            for i in gl.static_range(4):
+                # The words are a dependency too: without it the next fragment may be unpacked into
+                # registers that a multiply in flight still reads.
+                acc, words = warpgroup_mma_wait(IN_FLIGHT, deps=(acc, words))
+                q = unpack_slot(words, i, SIGNED, DTYPE, True)
+                weight = scaled(q, scale, zero, HAS_ZERO, True)
+                acc = warpgroup_mma(weight, x.index(i).permute([1, 0]), acc, is_async=True)
+            if STAGED_SCALES:
+                async_copy.wait_group(STAGES - 3)
+            gl.thread_barrier()  # all warps are done with the stage before this one: refill it
+            free = (count + STAGES - 1) % STAGES
+            live = count + STAGES - 1 < total
+            mbarrier.expect(ready.index(free), BYTES, pred=live)
+            row_n = tile_n * BLOCK_N
+            place = [expert * pitch + row_n, step * BLOCK_J]
+            copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
+            place = [0, col, step * BLOCK_J]
+            copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
+            if STAGED_SCALES:
+                group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
+                copy_groups(
+                    scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
+                    live, n_groups, N, stride_sg, num_warps,
+                )  # fmt: skip
+                if HAS_ZERO:
+                    copy_groups(
+                        zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
+                        group0, live, n_groups, N, stride_zg, num_warps,
+                    )  # fmt: skip
+                async_copy.commit_group()
+            step, tile, expert, tile_n, col = next_step(
+                step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+                plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
             )  # fmt: skip
+            count += 1
+        result = warpgroup_mma_wait(0, deps=(acc,))
+        row0 = work_n * BLOCK_N
+        if STREAM:
+            if (low == 0) & (high == steps):
+                finish_tile(
+                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
+                )
+            else:
+                share_tile(
+                    result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
+                    counter_ptr, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps,
+                )  # fmt: skip
+        else:
+            finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
 
 
 # --- calls ------------------------------------------------------------------------------------
@@ -389,13 +329,13 @@ def _matmul(
     staged = staged and config.stage_scales and config.num_stages > 2
     stream_kernel[(programs,)](
         descriptor(words, [config.block_n, block_j]),
-        *[descriptor(arranged, [4, config.block_m, block_j])] * 2,
+        descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out if bias is None else bias.contiguous(), out, partial,
         out if counters is None else counters, out,
         M, N, K, K // group_size, 0, 0, *scale.stride(), 0, *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
-        EXPERTS=False, NARROW=0, MIN_STEPS=1,
+        EXPERTS=False, MIN_STEPS=1,
         STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

@@ -8,7 +8,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from int4q.kernels.triton_common import store_transposed, with_bias
@@ -98,28 +97,9 @@ def owner_of(step, base, extra):
 
 
 @gluon.jit
-def is_narrow(columns, NARROW: gl.constexpr):
-    """Whether a tile of so many columns is multiplied as one of NARROW; 0 for never."""
-    return columns <= NARROW
-
-
-@gluon.jit
-def copied_tile(
-    tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr,
-    EXPERTS: gl.constexpr, NARROW: gl.constexpr,
-):  # fmt: skip
-    """What the copies of a tile need: expert, tile of N, first row of x, whether it is narrow."""
-    expert, tile_n, col, end = locate(
-        tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
-    )
-    return expert, tile_n, col, is_narrow(end - col, NARROW)
-
-
-@gluon.jit
 def next_step(
-    step, tile, expert, tile_n, col, narrow, steps, whole, rest_tile, rest_step, programs, plan_ptr,
-    M, tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr, EXPERTS: gl.constexpr,
-    NARROW: gl.constexpr,
+    step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs, plan_ptr, M,
+    tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr, EXPERTS: gl.constexpr,
 ):  # fmt: skip
     """The next step of this program: its whole tiles first, then its share of the rest."""
     step += 1
@@ -132,30 +112,10 @@ def next_step(
         else:
             tile = rest_tile
             step = rest_step
-        expert, tile_n, col, narrow = copied_tile(
-            tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS, NARROW
+        expert, tile_n, col, _ = locate(
+            tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
         )
-    return step, tile, expert, tile_n, col, narrow
-
-
-@gluon.jit
-def expect_stage(ready, narrow, live, WORDS: gl.constexpr, COLUMN: gl.constexpr,
-                 BLOCK_M: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
-    """Let a stage wait for WORDS bytes of weights and COLUMN bytes of each row of x."""
-    if NARROW:
-        mbarrier.expect(ready, WORDS + NARROW * COLUMN, pred=live & narrow)
-        live = live & (not narrow)
-    mbarrier.expect(ready, WORDS + BLOCK_M * COLUMN, pred=live)
-
-
-@gluon.jit
-def copy_columns(desc, narrow_desc, col, j, ready, target, narrow, live, NARROW: gl.constexpr):
-    """Start copying a tile's rows of x into a stage."""
-    if NARROW:
-        view = target._reinterpret(desc.dtype, narrow_desc.block_type.shape, desc.layout)
-        tma.async_copy_global_to_shared(narrow_desc, [0, col, j], ready, view, pred=live & narrow)
-        live = live & (not narrow)
-    tma.async_copy_global_to_shared(desc, [0, col, j], ready, target, pred=live)
+    return step, tile, expert, tile_n, col
 
 
 @gluon.jit
@@ -202,13 +162,9 @@ def finish_tile(
 @gluon.jit
 def share_tile(
     acc, tile, whole, low, steps, base, extra, row0, col0, partial_ptr, counter_ptr, bias_ptr,
-    out_ptr, M, N, PLACE: gl.constexpr, MMA: gl.constexpr, HAS_BIAS: gl.constexpr,
-    num_warps: gl.constexpr,
+    out_ptr, M, N, MMA: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Leave this program's part of a tile; the last of its programs adds all parts and stores.
-
-    PLACE: elements from one program's part to the next.
-    """
+    """Leave this program's part of a tile; the last of its programs adds all parts and stores."""
     BLOCK_N: gl.constexpr = acc.shape[0]
     BLOCK_M: gl.constexpr = acc.shape[1]
     AREA: gl.constexpr = BLOCK_N * BLOCK_M
@@ -220,15 +176,15 @@ def share_tile(
     place = partial_ptr + quad[:, None] * 4 + gl.arange(0, 4, gl.SliceLayout(0, FLAT))[None, :]
     # A program shares two tiles at most: the one it starts inside of and the one it ends in.
     mine = gl.program_id(0) * 2 + (low == 0).to(gl.int32)
-    gl.store(place + mine.to(gl.int64) * PLACE, flat)
+    gl.store(place + mine.to(gl.int64) * AREA, flat)
     gl.thread_barrier()  # all threads' stores before the one thread's release below
     arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
     first = owner_of((tile - whole) * steps, base, extra)
     last = owner_of((tile - whole + 1) * steps - 1, base, extra)
     if arrived == last - first:
-        total = gl.load(place + (first * 2 + 1).to(gl.int64) * PLACE)
+        total = gl.load(place + (first * 2 + 1).to(gl.int64) * AREA)
         for other in range(first + 1, last + 1):
-            total += gl.load(place + (other * 2).to(gl.int64) * PLACE)
+            total += gl.load(place + (other * 2).to(gl.int64) * AREA)
         apart = gl.reshape(total, [BLOCK_N // 16, BLOCK_M // 8, 8, 4, 2, 2])
         summed = gl.reshape(gl.permute(apart, [0, 4, 2, 1, 3, 5]), [BLOCK_N, BLOCK_M])
         summed = gl.convert_layout(summed, MMA, assert_trivial=True)

@@ -62,7 +62,6 @@ class StreamConfig:
         group_m: tiles of M that go round before the next tile of N.
         stage_scales: copy scales through the ring where their layout allows.
         max_registers: cap, so that more programs fit on a multiprocessor.
-        narrow: columns of a tile for the last few rows of an expert; 0 for none of its own.
     """
 
     block_n: int
@@ -76,7 +75,6 @@ class StreamConfig:
     group_m: int = 1
     stage_scales: bool = True
     max_registers: int | None = None
-    narrow: int = 0
 
 
 GLUON_FROM_M = 9
@@ -137,15 +135,17 @@ def experts_config(
     """
     sms = multiprocessors(device)
     mean = T / E
-    if mean <= 4:
-        return StreamConfig(64, 8, 256, 4, 4, programs=4 * sms, max_registers=128)
-    if mean <= 12:
-        return StreamConfig(64, 16, 256, 4, 3, programs=3 * sms, max_registers=168)
+    if mean <= 6:
+        return StreamConfig(128, 8, 256, 4, 3, programs=2 * sms)
+    if mean <= 10:
+        return StreamConfig(128, 16, 256, 4, 3, programs=2 * sms)
     if mean <= 24:
-        return StreamConfig(128, 32, 256, 4, 3, programs=2 * sms)
+        return StreamConfig(128, 32, 256, 4, 3, programs=2 * sms, group_m=4)
     if mean <= 80:
-        return StreamConfig(128, 64, 128, 4, 4, programs=2 * sms, group_m=8)
-    return StreamConfig(128, 128, 128, 4, 5, programs=sms, group_m=8)
+        return StreamConfig(128, 64, 128, 4, 4, programs=2 * sms, group_m=4)
+    if mean <= 400:
+        return StreamConfig(256, 128, 128, 8, 4, programs=sms, in_flight=2, group_m=8)
+    return StreamConfig(128, 256, 128, 8, 3, programs=sms, group_m=4)
 
 
 def experts_grad_config(T: int, E: int) -> MatmulConfig:

@@ -157,20 +157,18 @@ def test_grouped_mm(case, engine):
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
-@pytest.mark.parametrize(
-    "block_m,narrow,block_n,warps",
-    [(256, 64, 128, 8), (256, 128, 128, 8), (128, 32, 256, 8), (64, 16, 128, 4), (32, 16, 128, 4)],
-)
-@pytest.mark.parametrize("coalesced", [False, True])
-def test_every_width_of_a_tile(block_m, narrow, block_n, warps, coalesced):
-    """Rows of an expert that end just before, on and after each width, tiles shared and not."""
+@pytest.mark.parametrize("mean", [1, 8, 20, 60, 150, 600])
+@pytest.mark.parametrize("group_size,coalesced", [(128, False), (32, True)])
+def test_every_tile(mean, group_size, coalesced):
+    """Each row of the table of tiles, on experts whose rows end before, on and after a tile."""
     counts = [c for w in (16, 32, 64, 128, 256) for c in (w - 1, w, w + 1)] + [300, 512, 513]
     ends = tuple(torch.tensor(counts).cumsum(0).tolist())
-    case = Case(len(ends), 528, 640, 128, ends, ends[-1] + 3, coalesced=coalesced)
+    case = Case(len(ends), 528, 640, group_size, ends, ends[-1] + 3, coalesced=coalesced)
     x, qdata, scale, zero, offs = parts(case)
-    config = tuned.StreamConfig(block_n, block_m, 128, warps, 3, programs=100, narrow=narrow)
+    light = group_size == 128 and not coalesced
+    config = tuned.experts_config(8 * mean, 8, case.N, case.K, light, x.device)
     rows = Rows(case.T, case.E, offs)
-    y = gluon_experts._grouped(x, rows, qdata, scale, zero, 128, config)
+    y = gluon_experts._grouped(x, rows, qdata, scale, zero, group_size, config)
     check(y, grouped(x, weights(case, qdata, scale, zero), offs), offs=offs)
 
 
