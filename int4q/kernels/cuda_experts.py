@@ -19,8 +19,8 @@ from torch import Tensor
 from int4q.kernels import cuda_decode, nvrtc
 from int4q.kernels.cuda_decode import ROW_UNIT, STEP_K, Config
 
-MAX_MEAN_ROWS = 5
-"""Rows an expert has on average, up to which these kernels are the fastest (H200)."""
+MAX_MEAN_ROWS = {32: 2.5, 64: 2.5, 128: 5, 256: 5}
+"""Group size -> rows an expert has on average, up to which these kernels are the fastest (H200)."""
 _PARAMS = struct.Struct("=8Q4q10iQ4q4i")
 _PLAN_ENTRY = 16  # bytes
 
@@ -36,11 +36,14 @@ def block_rows(T: int, E: int, even: bool = False) -> int:
     return 1 if mean <= 0.3 else 2 if mean <= 0.8 else 4 if mean <= 2.5 else 8
 
 
-def choose_config(rows: int) -> Config:
-    """The configuration for blocks of so many rows."""
+def choose_config(rows: int, K: int) -> Config:
+    """The configuration for blocks of so many rows, as tuned on an H200 (random routing).
+
+    Few steps of K leave a block of many warps waiting for its slowest at every row tile.
+    """
     if rows <= 4:
-        return Config(8, 2, 2, 2)
-    return Config(4, 2, 2, 3)
+        return Config(16, 2, 2, 1) if K >= 4096 else Config(4, 2, 2, 4)
+    return Config(4, 4, 2, 2) if K >= 2048 else Config(1, 4, 2, 8)
 
 
 def unsupported(problem) -> str | None:
@@ -53,7 +56,7 @@ def unsupported(problem) -> str | None:
         return reason
     if problem.N % ROW_UNIT:
         return f"N={problem.N} must be a multiple of {ROW_UNIT}"
-    if problem.M > MAX_MEAN_ROWS * problem.experts:
+    if problem.M > MAX_MEAN_ROWS[problem.group_size] * problem.experts:
         return f"{problem.M} rows on {problem.experts} weights: the matrix kernels are faster"
     # Without any GPU the table still says what would run on one.
     return nvrtc.unavailable() if torch.cuda.is_available() else None
@@ -79,7 +82,7 @@ class _Plan:
             copy = cuda_decode._scale_copy_bytes(coalesced, STEP_K // group_size, item, *line, bits)
         ring = cuda_decode._Ring(rows, K, group_size, 16, item, copy, coalesced)
         config = ring.fit(
-            config or choose_config(rows),
+            config or choose_config(rows, K),
             properties.shared_memory_per_block_optin,
             properties.shared_memory_per_multiprocessor,
         )

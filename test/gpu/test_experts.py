@@ -14,7 +14,6 @@ from int4q.kernels import (  # noqa: E402
     cuda_experts,
     gluon_experts,
     reference,
-    registry,
     triton_experts,
     tuned,
 )
@@ -310,16 +309,3 @@ def test_many_rows_past_2_31():
     w = weights(case, qdata, scale, zero)
     for at, expert in ((slice(0, 100), 0), (slice(T - 200, T), 1)):
         check(y[at], x[at].double() @ w[expert].t())
-
-
-def test_routes():
-    """Few rows an expert go to the decode kernels, more to wgmma."""
-    facts = (BF16, BF16)
-
-    def name(M, experts, op="int4_grouped_mm"):
-        problem = registry.Problem(op, "cuda", *facts, M, 1536, 2048, 128, (9, 0), experts)
-        return registry.choose(problem).name
-
-    assert name(8, 128) == name(64, 128) == "cuda_experts"
-    assert name(32768, 128) == "gluon_experts"
-    assert name(8, 8, "int4_bmm") == "cuda_experts"

@@ -29,7 +29,7 @@
 //   MATVEC       1: build int4_matvec (M == 1, at the end of this file) instead of the above; it has ROW_BLOCK and UNROLL and
 //                ignores COALESCED, COL_TILES, SPLIT, FUSED, ROW_TILES and STAGES; SCALE_VEC there is 1 if the scales of
 //                ROW_BLOCK rows may be loaded as one vector (plain layout), else 0
-////   EXPERTS      1: a stack of weights, see "Experts"; else 0. With it BLOCK_ROWS, the rows of x that meet a weight at a time
+//   EXPERTS      1: a stack of weights, see "Experts"; else 0. With it BLOCK_ROWS, the rows of x that meet a weight at a time
 //
 // Experts. The rows of x are sorted by the weight ("expert") that they meet; `offs` holds each expert's end row. Only the device
 // knows it, so quantise_activations cuts the rows of every expert into blocks of at most BLOCK_ROWS and writes a plan of them,
@@ -42,9 +42,6 @@
 
 #ifndef EXPERTS
 #define EXPERTS 0
-#endif
-#ifndef EARLY
-#define EARLY 1
 #endif
 
 typedef unsigned int u32;
@@ -315,7 +312,7 @@ struct Place {
 // Ends that fall, which no router gives, make a plan without sense, but never one that leads out of bounds.
 __device__ __forceinline__ int end_of(const Params& p, int e) {
     int end = (e + 1) * p.rows_each;
-    if (p.offs && e >= 0) asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(end) : "l"(p.offs + e));
+    if (p.offs && e >= 0) end = p.offs[e];
     return e < 0 ? 0 : max(min(end, p.M), 0);
 }
 __device__ __forceinline__ int blocks_in(int begin, int end) { return (max(end - begin, 0) + BLOCK_ROWS - 1) / BLOCK_ROWS; }
@@ -339,44 +336,11 @@ __device__ __forceinline__ Place place_of(const Params& p, int row, int lane) {
     found.blocks = min(__reduce_add_sync(~0u, blocks), p.max_blocks);
     return found;
 }
-#if EARLY
-__device__ __forceinline__ int count_blocks(const Params& p, int lane) {
-    int blocks = 0;
-    for (int e = lane; e < p.experts; e += 32) blocks += blocks_in(end_of(p, e - 1), end_of(p, e));
-    return min(__reduce_add_sync(~0u, blocks), p.max_blocks);
-}
-// Without the plan, by a whole warp: every lane counts the blocks of some neighbouring experts.
-__device__ __noinline__ int expert_of_block(const Params& p, int block, int lane) {
-    const int some = (p.experts + 31) / 32, first = lane * some, last = min(first + some, p.experts);
-    int mine = 0;
-    for (int e = first; e < last; e++) mine += blocks_in(end_of(p, e - 1), end_of(p, e));
-    int upto = mine;
-    #pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-        const int before = __shfl_up_sync(~0u, upto, o);
-        if (lane >= o) upto += before;
-    }
-    int expert = first, before = upto - mine;
-    const bool here = before <= block && block < upto;
-    if (here)
-        while (expert < last - 1 && (before += blocks_in(end_of(p, expert - 1), end_of(p, expert))) <= block) expert++;
-    const u32 found = __ballot_sync(~0u, here);
-    return found ? __shfl_sync(~0u, expert, __ffs(found) - 1) : 0;
-}
-#else
-__device__ int expert_of_block(const Params&, int, int) { return 0; }
-#endif
 
 // Grid: enough warps for M * steps, one (row, step) each. Rows of no expert get zeros as their result.
 extern "C" __global__ void quantise_activations(const __grid_constant__ Params p) {
-#if EARLY
-    // First wait, then release: int4_decode reads offs and weights at once, and the kernel before may have written them.
-    wait_for_previous_kernel();
-    launch_dependents();
-#else
     launch_dependents();
     wait_for_previous_kernel();
-#endif
     const int steps = (p.K + STEP_K - 1) / STEP_K;
     const int unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
     if (unit >= steps * p.M) return;
@@ -432,12 +396,8 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     // `last_end` of `last_block`. (p.units_per_cta: units of one block.)
     launch_dependents();
     const int4* plan = (const int4*)p.table;
-#if EARLY
-    const i64 units = (i64)count_blocks(p, lane) * p.units_per_cta;
-#else
     wait_for_previous_kernel();
     const i64 units = (i64)plan[0].x * p.units_per_cta;
-#endif
     const i64 first_unit = units * cta / gridDim.x, end_unit = units * (cta + 1) / gridDim.x;
     if (first_unit >= end_unit) return;
     int load_block = (int)(first_unit / p.units_per_cta);
@@ -446,11 +406,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     const int last_end = min((int)(end_unit - (i64)last_block * p.units_per_cta) * p.row_unit, p.N);
     int end_row = load_block == last_block ? last_end : p.N;
     const auto expert_of = [&](int block) { return min((u32)plan[1 + block].x, p.experts - 1u); };  // always one of them
-#if EARLY
-    const int expert = expert_of_block(p, load_block, lane), first_block = load_block;
-#else
     const int expert = expert_of(load_block), first_block = load_block;
-#endif
 #else
     const int first_row = (cta * p.units_per_cta + min(cta, p.extra_units)) * p.row_unit;
     const int end_row = min(first_row + (p.units_per_cta + (cta < p.extra_units)) * p.row_unit, p.N);
@@ -500,7 +456,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         }
     };
     point_at(expert, first_row);
-    auto issue = [&](u32 stage, bool early) {
+    auto issue = [&](u32 stage) {
         while (load_step >= steps) {
             load_step -= steps;
             rows_left -= ROWS;
@@ -511,7 +467,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
             if (rows_left <= 0 && load_block < last_block) {
                 load_block++;
                 rows_left = load_block == last_block ? last_end : p.N;
-                point_at(EARLY && early ? expert_of_block(p, load_block, lane) : (int)expert_of(load_block), 0);
+                point_at(expert_of(load_block), 0);
             }
 #endif
         }
@@ -536,9 +492,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         load_step += WARPS;
     };
     #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) issue(ring + i * STAGE_BYTES, true);
+    for (int i = 0; i < STAGES - 1; i++) issue(ring + i * STAGE_BYTES);
 
-#if !EXPERTS || EARLY
+#if !EXPERTS
     // Weights do not depend on the kernel before this one; activations do.
     wait_for_previous_kernel();
 #endif
@@ -649,7 +605,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                     }
 #endif
             __syncwarp();  // every lane is done with the stage that issue() overwrites
-            issue(last_stage, false);
+            issue(last_stage);
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
             __syncwarp();
             const char* scales = shared + stage + ROWS * 128;
