@@ -196,7 +196,8 @@ def markdown(result: dict) -> str:
         lines.append(
             "| " + " | ".join(map(str, [*cells, f"{_floor_us(row, ceilings):.1f}"])) + " |"
         )
-    return "\n".join(lines) + "\n"
+    notes = ["", result["note"]] if "note" in result else []
+    return "\n".join(lines + notes) + "\n"
 
 
 def run(
@@ -232,5 +233,5 @@ def run(
             del bench
             torch.cuda.empty_cache()
             (out / "experts.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "experts.md").write_text(markdown(result))
+            (out / "experts.md").write_text(markdown(result))
     return result

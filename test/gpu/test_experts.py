@@ -11,6 +11,7 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 from int4q.kernels import (  # noqa: E402
+    cuda_decode,
     cuda_experts,
     gluon_experts,
     reference,
@@ -169,6 +170,26 @@ def test_every_tile(mean, group_size, coalesced):
     rows = Rows(case.T, case.E, offs)
     y = gluon_experts._grouped(x, rows, qdata, scale, zero, group_size, config)
     check(y, grouped(x, weights(case, qdata, scale, zero), offs), offs=offs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        cuda_decode.Config(*shape)
+        for shape in ((16, 2, 2, 1), (4, 2, 2, 4), (4, 4, 2, 2), (1, 4, 2, 8), (1, 1, 2, 1))
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_every_way_to_cut_the_decode_kernels(rows, config):
+    """Blocks of every size, more and fewer of them than thread blocks, experts that fill many."""
+    for group_size, coalesced in ((128, False), (32, True)):
+        K = 1280 if group_size == 128 else 1312
+        case = Case(6, 604, K, group_size, (1, 1, 4, 13, 40, 41), 43, coalesced=coalesced)
+        x, qdata, scale, zero, offs = parts(case)
+        args = x, qdata, scale, zero, group_size
+        y = cuda_experts._grouped(*args, offs, config, rows)
+        check(y, grouped(x, weights(case, qdata, scale, zero, "cuda"), offs), "cuda", offs)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

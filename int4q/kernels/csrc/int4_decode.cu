@@ -523,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
 
     int step = warp, buffer = 0, turn = warp;
     u32 stage = ring, last_stage = ring + (STAGES - 1) * STAGE_BYTES;
-    const char *scale_base = p.scale, *zero_base = p.zero_point;
+    [[maybe_unused]] const char *scale_base = p.scale, *zero_base = p.zero_point;
     int x_rows = p.M, x_row0 = 0;                                                    // rows of x, and the first one
 #if EXPERTS
     for (int block = first_block; block <= last_block; block++) {
