@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import int4q
 from int4q import Int4WeightOnlyConfig, quantize_
+from int4q.kernels.reference import quantize_activation
 
 BUILD = Path("build")
 BATCH = 32
@@ -83,6 +84,22 @@ def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 def sqnr(exact: Tensor, got: Tensor) -> float:
     """Signal to quantisation noise, dB."""
     return float(20 * torch.log10(exact.norm() / (exact - got).norm()))
+
+
+def int8_activations(model: nn.Module) -> nn.Module:
+    """``model`` with what goes into its 4-bit layers rounded to int8, a scale per 32 elements.
+
+    That is W4A8 (``CudaCoalescedInt4Tensor``'s default for few rows), applied to every row.
+    """
+
+    def rounded(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        xq, d = quantize_activation(args[0].flatten(0, -2))
+        return (xq * d.unsqueeze(-1)).view_as(args[0])
+
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), int4q.Int4Tensor):
+            module.register_forward_pre_hook(rounded)
+    return model
 
 
 def layer_errors(model: nn.Module, quantised: nn.Module) -> dict[str, float]:
@@ -208,6 +225,10 @@ def main() -> None:
     compare("bfloat16 against float32:", exact, embed(half, batches))
     compare("4 bits, float32 activations:", exact, embeddings)
     compare("4 bits, bfloat16 activations:", exact, embed(in_bf16, batches))
+    if arguments.packing == "plain":
+        in_int8 = embed(int8_activations(copy.deepcopy(quantised)), batches)
+        compare("4 bits, int8 activations:", exact, in_int8)
+        compare("  against 4 bits, float32:", embeddings, in_int8)
     linear_before = sum(w.bytes_before for w in report.quantized)
     linear_after = sum(w.bytes_after for w in report.quantized)
     print(

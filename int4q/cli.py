@@ -1,12 +1,28 @@
-"""The command ``int4q``: ``int4q bench`` measures this machine."""
+"""The command ``int4q``: ``bench`` measures this machine, ``tune`` finds its fastest tiles."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from int4q import tuning
 from int4q._version import __version__
 from int4q.bench import __main__ as bench
+from int4q.bench.shapes import GROUPS, SETS
+
+_TUNE = "search the fastest tiles of the Triton kernels on this GPU and keep them in a table"
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    path = tuning.tune(
+        shapes=[(shape.N, shape.K) for shape in SETS[arguments.shapes]],
+        group_sizes=arguments.groups,
+        rows=arguments.rows,
+        kernels=arguments.kernels,
+        path=arguments.out,
+    )
+    print(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,5 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+    command = commands.add_parser("tune", help=_TUNE, description=_TUNE)
+    command.add_argument("--shapes", choices=sorted(SETS), default="core", help="which layers")
+    command.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="group sizes")
+    command.add_argument("--rows", type=int, nargs="+", default=tuning.ROWS, help="values of M")
+    command.add_argument("--kernels", nargs="+", choices=sorted(tuning.FAMILIES))
+    command.add_argument("--out", type=Path, help="the table (default: the cache folder)")
+    command.set_defaults(run=_tune)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

@@ -102,7 +102,8 @@ def regroup(
     """Check a ``view`` of ``shape`` as ``new_shape`` and find the grouped dim in it.
 
     The view is exact when every group stays a run of neighbours in one dim: the grouped dim is
-    kept, or split with an inner part that holds whole groups, and no dim is merged into it.
+    kept, split with an inner part that holds whole groups, or merged with dims before it. (Dims
+    after it cannot be merged into it: they lie between the elements of a group.)
 
     Returns:
         The new shape with ``-1`` resolved, and its grouped dim.
@@ -111,19 +112,17 @@ def regroup(
         ValueError: the element counts differ, or the view would mix groups.
     """
     new_shape = _resolve(shape, new_shape)
-    outer, size = _prod(shape[:grouped]), shape[grouped]
     inner = _prod(shape[grouped + 1 :])
-    # The new grouped dim is the one whose elements lie `inner` apart.
+    # The new grouped dim is the one whose elements lie `inner` apart. Counted in elements `inner`
+    # apart, groups start at multiples of group_size in both shapes.
     for dim in range(len(new_shape) - 1, -1, -1):
         tail = _prod(new_shape[dim + 1 :])
         if tail == inner and new_shape[dim] != 1:
-            fits = new_shape[dim] % group_size == 0 and size % max(new_shape[dim], 1) == 0
-            if fits and _prod(new_shape[:dim]) * new_shape[dim] == outer * size:
+            if new_shape[dim] % group_size == 0:
                 return new_shape, dim
             break
     raise errors.value(
-        f"a view must keep the grouped dim {grouped} "
-        f"(or split it into whole groups of {group_size})",
+        f"a view must keep the grouped dim {grouped} in whole groups of {group_size}",
         f"{errors.dims(shape)} -> {errors.dims(new_shape)}",
         _DEQUANTIZE,
     )

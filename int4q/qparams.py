@@ -46,6 +46,17 @@ def symmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(torch.int8), scale, torch.zeros_like(scale)
 
 
+def symmetric_full_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric with all 16 levels, bit for bit what fbgemm's ``int4_row_quantize`` computes.
+
+    ``scale = max(|w|, 1e-6) / 8``, zero point 0; a largest value that is positive becomes 7 / 8
+    of itself. The format of weights for float8 activations, as torchao holds them.
+    """
+    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / -Q_MIN
+    q = (groups / scale).round_().clamp_(Q_MIN, Q_MAX)
+    return q.to(torch.int8), scale, torch.zeros_like(scale)
+
+
 def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     """Half-quadratic quantisation: min-max scales, zero points refined against an l_0.7 norm.
 
@@ -74,7 +85,14 @@ def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 
 Algorithm = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-ALGORITHMS: dict[str, Algorithm] = {"tinygemm": minmax, "symmetric": symmetric, "hqq": hqq}
+ALGORITHMS: dict[str, Algorithm] = {
+    "tinygemm": minmax,
+    "symmetric": symmetric,
+    "symmetric_full_range": symmetric_full_range,
+    "hqq": hqq,
+}
+SYMMETRIC = ("symmetric", "symmetric_full_range")
+"""Algorithms whose zero points are all 0."""
 
 
 def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +112,10 @@ def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor
     """
     if algorithm not in ALGORITHMS:
         raise errors.value(f"the algorithm must be one of {sorted(ALGORITHMS)}", repr(algorithm))
+    if w.ndim > 2 and not w.is_contiguous():  # one matrix at a time: no copy of a transposed stack
+        each = [quantize(matrix, group_size, algorithm) for matrix in w]
+        if each:
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     rows = w.reshape(-1, w.shape[-1])
     n_rows, K = rows.shape
     n_groups = K // group_size

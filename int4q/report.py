@@ -13,6 +13,8 @@ from torch import nn
 from int4q.config import SKIPPED
 from int4q.tensor.base import Int4TensorBase
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -48,8 +50,8 @@ class Summary:
 
     Attributes:
         quantized: the 4-bit weights.
-        skipped: linear weights, 3-D parameters (experts) and what a config named, left as they
-            were.
+        skipped: linear weights (routers too), 3-D parameters (experts) and what a config named,
+            left as they were.
         bytes_before, bytes_after: of all parameters and buffers, shared ones once.
     """
 
@@ -95,9 +97,10 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
 
 
 def _could_be_quantized(module: nn.Module, name: str, t: torch.Tensor) -> bool:
-    """Linear weights, and stacks of them such as the experts of a mixture."""
-    stack = isinstance(t, nn.Parameter) and t.ndim == 3
-    return stack or (isinstance(module, nn.Linear) and name == "weight")
+    """Weights of linear layers and routers, and stacks of them such as experts."""
+    if not isinstance(t, nn.Parameter):
+        return False
+    return t.ndim == 3 or (name == "weight" and t.ndim == 2 and not isinstance(module, _TABLES))
 
 
 def _weight(name: str, t: torch.Tensor, reason: str | None) -> Weight:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from int4q.bench import cpu, experts, experts_peers, peers, report, shapes
+from int4q import Int4Tensor
+from int4q.bench import cpu, decode, experts, experts_peers, peers, report, shapes
 from int4q.cli import main
 
 ROWS = [
@@ -87,3 +89,28 @@ def test_routing_takes_distinct_experts_for_every_token():
         counts = ends.diff(prepend=ends.new_zeros(1))
         assert len(ends) == stack.experts and counts.max() <= 64
         assert ends[-1] == 64 * (stack.top_k or stack.experts)
+
+
+DECODE = {
+    "gpu": "a GPU", "torch": "2", "cuda": "13", "int4q": "0", "date": "2026-01-01",
+    "rows": [
+        {"N": 64, "K": 64, "group_size": 32, "M": M, "bytes": 4096, "floor_us": 1.0,
+         "us": {"C++ W4A16 plain": 4.0 * M, "C++ W4A16 coalesced": 2.0, "Humming": 5.0},
+         "relative_error": {}, "wrong": {"Triton W4A8 plain": "relative error 0.5"}}
+        for M in (1, 2)
+    ],
+}  # fmt: skip
+
+
+def test_decode_table_holds_times_ratios_and_errors():
+    t = Int4Tensor.from_hp(torch.randn(48, 256), [1, 32])
+    found = decode.numerics(t)
+    by = {r["activations"]: r["relative_error"] for r in found}
+    for label, e in by.items():
+        # 8 bits a block of 32 against 16 (24 on a CPU) a block of 128 (8).
+        assert e["W4A16"] < 1e-4 < e["W4A8"] < 5e-2, (label, e)
+    text = decode.markdown({**DECODE, "numerics": found})
+    assert "| 64 x 64 | 32 | 1 | 1.0 | 4.0 (25%) | 2.0 (50%) | 5.0 (20%) |" in text
+    assert "| 32 | 2 | 4.00 | - | - | - | 2.50 | - |" in text
+    assert "| 48 x 256 | 32 | one channel x100 |" in text
+    assert "Triton W4A8 plain WRONG: relative error 0.5" in decode.line(DECODE["rows"][0])

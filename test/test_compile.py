@@ -38,8 +38,10 @@ def cases():
     packed = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32], packing="aten")
     return {
         "int4_linear": (x, *two, bias),
+        "int4_linear_fp8": (x, *two, bias),
+        "fp8_rows": (x, torch.rand(64)),
         "int4_linear_backward": (torch.randn(5, 16), *two),
-        "int4_plain_mm": (x, *coalesced),
+        "int4_plain_mm": (x, *coalesced, bias, torch.rand(64)),
         "int4_bmm": (x3, *three),
         "int4_bmm_backward": (torch.randn(2, 3, 16), *three),
         "int4_grouped_mm": (x, *three, offs),

@@ -46,7 +46,10 @@ def test_defaults_are_torchaos():
         (dict(group_size=48), "group_size must be one of"),
         (dict(int4_packing_format="preshuffled"), "int4_packing_format must be one of"),
         (dict(int4_choose_qparams_algorithm="awq"), "algorithm must be one of"),
-        (dict(activation_dtype=torch.int8), "activation_dtype of 'plain' must be bfloat16"),
+        (
+            dict(activation_dtype=torch.int8),
+            "activation_dtype of 'plain' must be bfloat16 or float8",
+        ),
     ],
 )
 def test_construction_checks(arguments, message):
@@ -88,6 +91,15 @@ def test_auto_takes_the_layout_of_the_fastest_cpu_kernel(monkeypatch, packing, c
     m = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 7))
     quantize_(m, Int4WeightOnlyConfig(group_size=32, int4_packing_format="auto"))
     assert type(m[0].weight) is cls and type(m[1].weight) is Int4Tensor
+
+
+def test_auto_takes_the_coalesced_layout_for_int8_activations_only():
+    for dtype, layout in ((torch.int8, CudaCoalescedInt4Tensor), (None, Int4Tensor)):
+        m = nn.Linear(64, 24)  # (N = 24: no CPU packs it)
+        config = Int4WeightOnlyConfig(32, int4_packing_format="auto", activation_dtype=dtype)
+        quantize_(m, config)
+        assert type(m.weight) is layout
+        assert m.weight.activation_dtype == (dtype or torch.bfloat16)
 
 
 def test_activation_dtype_reaches_the_tensor():
@@ -150,11 +162,12 @@ def test_expert_parameters_quantise_by_name():
     assert type(experts.router.weight) is nn.Parameter
     (left,) = int4q.summary(m, show=False).skipped
     assert left.name == "experts.router.weight"
-    # A plain config does not reach 3-D parameters, and the report says so.
+    # A plain config does not reach 3-D parameters, and says so.
     m = nn.ModuleDict({"experts": Experts()})
-    quantize_(m, SMALL)
+    with pytest.warns(Int4SkipWarning, match="experts.gate_up_proj is left as it is"):
+        quantize_(m, SMALL)
     (left,) = int4q.summary(m, show=False).skipped
-    assert (left.name, left.reason) == ("experts.gate_up_proj", "not selected")
+    assert left.name == "experts.gate_up_proj" and "int4q.moe_config()" in left.reason
     m = nn.ModuleDict({"experts": Experts()})
     quantize_(m, config)
     experts = m["experts"]

@@ -103,7 +103,7 @@ class Messages(expecttest.TestCase):
 
     def test_activation_dtype(self):
         self.check(
-            """ValueError: activation_dtype of Int4Tensor must be bfloat16, got torch.int8""",
+            """ValueError: activation_dtype of Int4Tensor must be bfloat16 or float8_e4m3fn, got torch.int8""",  # noqa: E501
             activation_dtype=torch.int8,
         )
 

@@ -296,6 +296,25 @@ def test_the_weight_takes_no_gradient_and_lora_trains(layout):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (a, b, x))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_first(layout, transposed):
+    """Plain meaning: the last dim of the weight is contracted, grouped or (dequantised) not."""
+    w, stack = quantised(layout, 64, 64), quantised(layout, 3, 64, 64)
+    w, stack = (t.mT if transposed else t for t in (w, stack))
+    x, x3 = torch.randn(64, 5), torch.randn(3, 64, 5, requires_grad=True)
+    for op, t, activation in (
+        (torch.mm, w, x),
+        (torch.matmul, w, x),
+        (torch.bmm, stack, x3),
+        (torch.matmul, stack, x3),
+    ):
+        expected = op(t.dequantize(), activation)
+        torch.testing.assert_close(op(t, activation), expected, rtol=1e-5, atol=1e-4)
+    (stack @ x3).sum().backward()
+    expected = stack.dequantize().sum(1, keepdim=True).mT.expand(3, 64, 5)
+    torch.testing.assert_close(x3.grad, expected, rtol=1e-5, atol=1e-4)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 # ruff: noqa: E501 (one case a line reads better)
@@ -305,7 +324,8 @@ BAD = {
     "device": (lambda t: F.linear(torch.ones(2, 64, device="meta"), t), ValueError, "weight's device"),
     "bias": (lambda t: F.linear(torch.ones(2, 64), t, torch.ones(3)), ValueError, "bias must have shape \\[16\\]"),
     "quantised x": (lambda t: F.linear(t, t), TypeError, "takes a plain activation"),
-    "weight first": (lambda t: torch.mm(t, torch.ones(64, 2)), TypeError, "plain activation"),
+    "weight first": (lambda t: torch.matmul(t, torch.ones(64)), ValueError, "same number of dims, 2 or 3"),
+    "two weights": (lambda t: torch.mm(t, t), TypeError, "plain activation"),
     "bmm rank": (lambda t: torch.bmm(torch.ones(1, 2, 64), t), ValueError, "bmm takes a 3-D weight"),
     "bmm batch": (lambda t: torch.bmm(torch.ones(2, 2, 64), t[None]), ValueError, "3-D with batch 1"),
     "grouped order": (

@@ -38,7 +38,7 @@ def test_the_class_decides_the_op(M, N):
     w4a16 = CudaCoalescedInt4Tensor.from_hp(w, [1, 32], activation_dtype=torch.bfloat16)
     assert ops_of(lambda: F.linear(x, plain)) == ["int4_linear"]
     assert ops_of(lambda: F.linear(x, coalesced)) == ["int4_plain_mm"]
-    assert ops_of(lambda: F.linear(x, w4a16)) == ["int4_linear"]
+    assert ops_of(lambda: F.linear(x, w4a16)) == ["int4_plain_mm"]
 
 
 def test_the_coalesced_op_rejects_plain_metadata_at_run_time():
@@ -193,6 +193,19 @@ def test_w4a8_serves_few_rows_of_the_coalesced_op_only():
     assert choose(problem(M=64, **coalesced)).name == "gluon_matmul"
     plain = [k.name for k in registry.kernels("int4_linear")]
     assert not any("w4a8" in name for name in plain)
+
+
+def test_w4a8_in_triton_stands_behind_cuda_and_before_the_reference():
+    pytest.importorskip("triton")
+    for M in (1, 8):
+        w4a8 = problem(op="int4_plain_mm", M=M, **H200)
+        assert choose(w4a8, KernelPreference.TRITON).name == "triton_w4a8"
+        assert choose(dataclasses.replace(w4a8, capability=(8, 6))).name == "cuda_decode_w4a8"
+    reasons = {n: why for n, _, why in registry.explain(problem(op="int4_plain_mm", M=9, **H200))}
+    assert reasons["triton_w4a8"] == "int8 activations serve up to 8 rows; more run W4A16"
+    w4a16 = problem(op="int4_plain_mm_w4a16", **H200)
+    assert choose(w4a16).name == "cuda_decode"
+    assert choose(w4a16, KernelPreference.TRITON).name == "triton_matvec"
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):

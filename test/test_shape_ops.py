@@ -132,6 +132,11 @@ def test_reshaping(t, data):
         assert_same(
             lambda x: x.flatten(*dims).unflatten(dims[0], x.shape[dims[0] : dims[1] + 1]), t
         )
+    if g > 0:  # dims before the grouped one merge into it: groups stay whole
+        before = list(range(g + 1))
+        assert_same(lambda x: x.flatten(0, g), t)
+        assert_same(lambda x: x.flatten(0, g).unflatten(0, [x.shape[d] for d in before]), t)
+        assert_same(lambda x: x.flatten(g - 1, g).reshape(x.shape), t)
     assert_same(lambda x: x.reshape(x.shape), t)
     assert_same(lambda x: x.view(*x.shape[:-1], -1), t)
 
@@ -174,6 +179,29 @@ def test_slices_and_views_alias_the_storage(layout):
         for name, part in view.data_tensors().items():
             whole = getattr(t, name).untyped_storage()
             assert part.untyped_storage().data_ptr() == whole.data_ptr(), name
+
+
+VIEWS = {
+    "select": lambda t: t[1], "slice": lambda t: t[:, 2:4], "transpose": lambda t: t.mT,
+    "permute": lambda t: t.permute(1, 0, 2), "narrow": lambda t: t.narrow(1, 3, 2),
+    "chunk": lambda t: t.chunk(2, 1)[1], "unbind": lambda t: t.unbind(0)[0],
+    "unsqueeze": lambda t: t.unsqueeze(0), "squeeze": lambda t: t[:1].squeeze(0),
+    "view": lambda t: t.view(2, 6, 2, 64), "detach": lambda t: t.detach(), "data": lambda t: t.data,
+    "flatten": lambda t: t.flatten(0, 1), "clone": lambda t: t.clone(),
+    "contiguous": lambda t: t.contiguous(), "index": lambda t: t[torch.tensor([1, 0])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", VIEWS)
+@pytest.mark.parametrize("made_outside", [True, False])
+def test_inference_mode(layout, op, made_outside):
+    """Also on weights made outside of it, whose views are no inference tensors."""
+    with torch.inference_mode(not made_outside):
+        t = torch.nn.Parameter(quantised(layout, 2, 6, 128), requires_grad=False)
+    expected = VIEWS[op](t.dequantize())
+    with torch.inference_mode():
+        assert torch.equal(VIEWS[op](t).dequantize(), expected)
+        assert t.to(torch.float16).dtype == torch.float16
 
 
 def test_writing_through_a_slice_changes_the_whole(layout):
@@ -225,7 +253,7 @@ REFUSED = {
     "columns": (lambda t: t[:, torch.tensor([1])], ValueError, "indexing by a tensor must not"),
     "two indices": (lambda t: t[torch.tensor([0]), torch.tensor([0])], ValueError, "one index tensor"),
     "mask shape": (lambda t: t[torch.tensor([True])], IndexError, "mask for dim 0"),
-    "mixes groups": (lambda t: t.view(-1), ValueError, "must keep the grouped dim"),
+    "mixes groups": (lambda t: t.mT.reshape(-1), ValueError, "must keep the grouped dim"),
     "half groups": (lambda t: t.view(-1, 8, 16), ValueError, "must keep the grouped dim"),
     "count": (lambda t: t.reshape(3, 128), ValueError, "keep the 1024 elements"),
     "count -1": (lambda t: t.reshape(-1, 3, 128), ValueError, "keep the 1024 elements"),

@@ -32,7 +32,15 @@ else:
     from dataclasses import dataclass
     from types import SimpleNamespace
 
-    from int4q.kernels import triton_dequant, triton_matmul, triton_matvec, tuned
+    from int4q.kernels import (
+        reference,
+        triton_dequant,
+        triton_fp8,
+        triton_matmul,
+        triton_matvec,
+        triton_w4a8,
+        tuned,
+    )
 
     BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     # Output rounding (half a unit in the last place) plus the order of float32 additions.
@@ -131,6 +139,63 @@ else:
         y = triton_matvec.int4_matvec(x[:1], packed, by_row, case.group_size)
         check(y, x[:1].double() @ w.double().t(), case.dtype)
 
+    W4A8 = [
+        Case(1, 7, 160, 32, why="K tail, N under a tile"),
+        Case(2, 20, 384, 128, FP16, why="float16"),
+        Case(3, 9, 192, 64, FP32, why="float32"),
+        Case(5, 13, 64, 32, BF16, FP32, why="float32 scales"),
+        Case(8, 12, 2304, 256, why="two steps of K"),
+    ]
+
+    @pytest.mark.parametrize("coalesced", [False, True])
+    @pytest.mark.parametrize("case", W4A8, ids=str)
+    def test_w4a8(case, coalesced):
+        """The integer sums are the reference's bit for bit; float32 adds up in another order."""
+        x, qdata, scale, zero = parts(case)
+        if coalesced:
+            scale, zero = scale.t().contiguous().t(), zero.t().contiguous().t()
+        sums = torch.empty(case.M, case.N, case.K // 32, dtype=torch.int32)
+        bias = torch.randn(case.N).to(case.dtype) if coalesced else None
+        pre_scale = torch.rand(case.K).to(case.dtype) if coalesced else None
+        config = tuned.W4A8Config(4, 1 + case.K // 2000)
+        more = bias, pre_scale, config, sums
+        y = triton_w4a8.linear(x, qdata, scale, zero, case.group_size, *more)
+        x = x.float() * (pre_scale.float() if coalesced else 1)
+        xq, d = reference.quantize_activation(x)
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        xq = (xq.double() * d.double().unsqueeze(-1)).flatten(1)
+        w = weight(qdata, scale, zero, case.group_size)
+        check(y, xq @ w.double().t() + (bias.double() if coalesced else 0), case.dtype)
+
+    def test_w4a8_of_special_rows():
+        """Zeros give 0, NaN and Inf a row of NaN, denormals what d = amax / 127 gives them."""
+        case = Case(6, 5, 96, 32)
+        x, qdata, scale, zero = parts(case)
+        x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("-inf")
+        x = x.float()
+        x[3], x[4, 32:64] = 2e-44 * torch.randn(96), 1e-43
+        x[5, :32] = torch.arange(32) * 1e33
+        x[5, 32:64] = torch.arange(32) - 15.5  # halves, to even
+        x[5, 32] = 127
+        sums = torch.empty(6, 5, 3, dtype=torch.int32)
+        y = triton_w4a8.linear(x, qdata, scale, zero, 32, sums=sums)
+        xq, d = reference.quantize_activation(x)
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        assert (y[0] == 0).all() and y[1:3].isnan().all() and not y[3:].isnan().any()
+        expected = reference.linear_int8(x, qdata, scale, zero, 32)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-44, equal_nan=True)
+
+    def test_w4a8_of_slices():
+        """Rows and whole groups cut from a weight, x by columns of another and transposed."""
+        x, qdata, scale, zero = parts(Case(2, 16, 256, 64))
+        rows, k = slice(3, 12), slice(64, 192)
+        args = qdata[rows, 32:96], scale[1:3, rows], zero[1:3, rows]
+        for view in (x[:, k], x[:, k].t().contiguous().t()):
+            y = triton_w4a8.linear(view, *args, 64)
+            assert torch.equal(y, triton_w4a8.linear(*(t.contiguous() for t in (view, *args)), 64))
+            expected = reference.linear_int8(x[:, k].float(), *args, 64)
+            check(y, expected.double(), BF16)
+
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_dequantize(case):
         _, qdata, scale, zero = parts(case)
@@ -171,6 +236,36 @@ else:
             )
             check(y, (x[:rows] * factor).double() @ used.double().t(), BF16)
 
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    def test_fp8_rows(dtype):
+        """Bit for bit the reference's, strides and the activation's scale included."""
+        x = (torch.randn(5, 300) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
+        x[2] = 0
+        factor = torch.rand(150) + 0.5
+        for view, scale in ((x, None), (x[:, ::2], factor), (x[:, 150:], factor.to(dtype))):
+            got, expected = triton_fp8.fp8_rows(view, scale), reference.fp8_rows(view, scale)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert triton_fp8.fp8_rows(x[:0])[0].shape == (0, 300)
+
+    def test_fp8_rounding():
+        """Every e4m3 value, the points halfway between two, and their float32 neighbours."""
+        exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        half = (exact[1:] + exact[:-1]) / 2
+        up, down = (half.nextafter(torch.tensor(v)) for v in (448.0, 0.0))
+        x = torch.cat([exact, half, up, down])
+        x = torch.stack([x, -x])
+        values, rows = triton_fp8.fp8_rows(x)  # the largest is 448: a row's scale is 1
+        assert (rows == 1).all()
+        assert torch.equal(values, x.to(torch.float8_e4m3fn).float())
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    def test_fp8_rows_that_are_not_finite():
+        x = torch.randn(3, 32)
+        x[0, 4], x[1, 5] = float("nan"), float("inf")
+        values, rows = triton_fp8.fp8_rows(x)
+        product = (values * rows).sum(1)
+        assert product[:2].isnan().all() and product[2].isfinite()
+
     def test_slices_of_the_dequantised_weight(monkeypatch):
         """Dequantise + cuBLAS in slices: bounded memory, bias and all columns right."""
         monkeypatch.setattr(triton_dequant, "SLICE_BYTES", 300 * 128 * 2)
@@ -188,6 +283,7 @@ else:
         x, qdata, scale, zero = x[:M], qdata[:N], scale[:, :N], zero[:, :N]
         assert triton_matmul.int4_linear(x, qdata, scale, zero, 32).shape == shape
         assert triton_dequant.linear(x, qdata, scale, zero, 32).shape == shape
+        assert triton_w4a8.linear(x, qdata, scale, zero, 32).shape == shape
         assert triton_dequant.dequantize(qdata, scale, zero, 32, BF16).shape == (N, 64)
 
     def test_reasons():
@@ -198,6 +294,8 @@ else:
         )  # fmt: skip
         assert triton_matmul.unsupported(problem) is None
         assert "one row" in triton_matvec.unsupported(problem)
+        assert triton_w4a8.unsupported(problem) is None
+        assert "up to 8 rows" in triton_w4a8.unsupported(SimpleNamespace(M=9))
         assert f"M={tuned.DEQUANTIZE_FROM_M}" in triton_dequant.unsupported_linear(problem)
         problem.K = 80
         assert "multiple of group_size" in triton_matmul.unsupported(problem)

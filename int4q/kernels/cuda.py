@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from int4q.kernels import reference
+from int4q.kernels import reference, registry, tuned
 from int4q.kernels.registry import Kernel, KernelPreference, Problem
 
 _SLICE_BYTES = 64 << 20
@@ -21,6 +21,10 @@ _SMALL_WEIGHT = 1 << 21
 """Elements up to which the decode kernels win to M = 16 at every group size."""
 
 
+tuned.on_change(registry.route.cache_clear)
+
+
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"int4q.kernels.{name}")
 
@@ -117,6 +121,7 @@ gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_linear")
 dequantized = _triton_kernel(
     "triton_dequantize_cublas", "triton_dequant", "linear", "unsupported_linear"
 )
+triton_int8 = _triton_kernel("triton_w4a8", "triton_w4a8", "linear")
 matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_linear")
 matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_linear")
 gradient = Kernel(
@@ -126,6 +131,7 @@ gradient = Kernel(
     on_its_device(grad_input),
 )
 dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequantize")
+fp8_rows = _triton_kernel("triton_fp8_rows", "triton_fp8", "fp8_rows")
 
 symmetric_gluon = _triton_kernel("gluon_matmul", "gluon_matmul", "int4_matmul")
 symmetric_dequantized = _triton_kernel(

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from int4q.kernels import tuned
-from int4q.kernels.gluon_matmul import stream_kernel, unsupported_at_any_m
+from int4q.kernels.gluon_matmul import _stream_kernel, unsupported_at_any_m
 from int4q.kernels.gluon_tile import can_stage, descriptor, group_layout, spread_layout
 from int4q.kernels.triton_plan import Rows, flat_words, matched_stacks, plan_experts
 
@@ -40,7 +40,7 @@ def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -
     arranged, plan = plan_experts(x, rows, out, config.block_m, counters, pdl=True)
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
-    stream_kernel[(config.programs,)](
+    _stream_kernel[(config.programs,)](
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out, out, partial, counters, plan,

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from int4q.kernels import tuned
+from int4q.kernels import triton_launch, tuned
 from int4q.kernels.gluon_tile import (
     can_stage,
     copy_groups,
@@ -42,6 +42,7 @@ from int4q.kernels.gluon_tile import (
     spread_layout,
     spread_operand,
 )
+from int4q.kernels.tiles import StreamConfig
 from int4q.kernels.triton_arrange import arrange_activation
 from int4q.kernels.triton_common import (
     INTERPRET,
@@ -79,7 +80,7 @@ def unsupported(problem) -> str | None:
         return reason
     if problem.M < tuned.GLUON_FROM_M:
         return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
-    if tuned.dequantizes(problem.M, problem.N, problem.K):
+    if tuned.dequantizes(problem.M, problem.N, problem.K, problem.capability):
         return f"M={problem.M}: dequantise + cuBLAS is faster for this shape"
     return None
 
@@ -91,7 +92,7 @@ copy_box = tma.async_copy_global_to_shared
 
 
 @gluon.jit(do_not_specialize=["M"])
-def stream_kernel(
+def _stream_kernel(
     words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
     arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
     scale_ptr,  # [experts, n_groups, N] by strides
@@ -300,14 +301,14 @@ def stream_kernel(
 # --- calls ------------------------------------------------------------------------------------
 
 
-def _matmul(
-    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
-) -> Tensor:
+def _build(
+    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
+) -> None:
     M, N, K = x.shape[0], packed.shape[0], x.shape[1]
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    out = call.result((M, N))
     if out.numel() == 0:
-        return out
-    words = as_words(packed)
+        return
+    words = call.view(as_words(packed), packed)
     if not fits_tma(words):
         words = words.clone(memory_format=torch.contiguous_format)
     scale, zero = matched_groups(scale, zero_point)
@@ -319,15 +320,15 @@ def _matmul(
     if config.programs:
         steps = tiles * triton.cdiv(K, config.block_k)
         programs = min(config.programs, max(1, steps // config.min_steps))
-        partial = torch.empty(
-            (2 * programs, config.block_n, config.block_m), dtype=torch.float32, device=x.device
-        )
-        counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    arranged = arrange_activation(x, act_pre_scale, counters, pdl=True)
+        shape = 2 * programs, config.block_n, config.block_m
+        partial = call.empty(shape, torch.float32, x.device)
+        counters = call.empty((tiles,), torch.int32, x.device)
+    arranged = arrange_activation(x, act_pre_scale, counters, pdl=True, call=call)
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
     staged = staged and config.stage_scales and config.num_stages > 2
-    stream_kernel[(programs,)](
+    call.launch(
+        _stream_kernel, programs,
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out if bias is None else bias.contiguous(), out, partial,
@@ -341,7 +342,13 @@ def _matmul(
         GROUP=group_layout(config.block_n, config.num_warps, groups),
         num_warps=config.num_warps, launch_pdl=True, maxnreg=config.max_registers,
     )  # fmt: skip
-    return out
+
+
+def _matmul(
+    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
+) -> Tensor:
+    parts = x, packed, scale, zero_point, bias, act_pre_scale
+    return triton_launch.run(_build, parts, group_size, signed, config)
 
 
 def int4_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
@@ -357,6 +364,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: StreamConfig | None = None,
 ) -> Tensor:
     """``(x * act_pre_scale) @ W.T + bias``; see ``triton_matmul.int4_linear``."""
-    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)

@@ -15,7 +15,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,6 +103,21 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(
             f"{what} failed: CUDA driver error {status} ({(text.value or b'unknown').decode()})"
         )
+
+
+def driver_unavailable() -> str | None:
+    """The reason why the CUDA driver cannot be called; None if it can."""
+    try:
+        _driver()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def driver_call(name: str, *arguments) -> None:
+    """Calls a function of the CUDA driver; raises RuntimeError with its text on an error."""
+    if status := getattr(_driver(), name)(*arguments):
+        _check(status, name)
 
 
 def _make_current(device: int) -> None:
@@ -193,9 +208,10 @@ def cached_cubin(source: str, defines: Mapping[str, int], arch: str) -> bytes:
 
 
 class Launch:
-    """One kernel with its grid and its parameter buffer; called with a raw stream handle.
+    """One kernel with its grid and its parameters; called with a raw stream handle.
 
-    The driver copies the parameters during the call, so the buffer may be refilled right after.
+    `params` holds one ctypes object a parameter. The driver copies them during the call, so they
+    may be refilled right after.
     The caller serialises refill and call (one lock around both).
     """
 
@@ -206,7 +222,7 @@ class Launch:
         grid: int,
         block: int,
         shared_bytes: int,
-        params: ctypes.Array,
+        params: Sequence,
         dependent: bool,
     ):
         self._device = device
@@ -219,8 +235,8 @@ class Launch:
             self._attribute = _LaunchAttribute(id=_LAUNCH_PROGRAMMATIC_SERIALIZATION, value=1)
             self._config.attributes = ctypes.pointer(self._attribute)
             self._config.attribute_count = 1
-        self._params = params
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self._params = params  # their memory lives as long as the addresses do
+        self._pointers = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, params))
         self._function = function
         self._reference = ctypes.byref(self._config)
         self._call = _driver().cuLaunchKernelEx
@@ -290,7 +306,7 @@ class Module:
             grid,
             block,
             shared_bytes,
-            params,
+            [params],
             dependent,
         )
 

@@ -15,6 +15,10 @@ from int4q.packing import offset_to_signed, unpack_nibbles
 
 INT8_BLOCK = 32
 """Activation elements that share one int8 scale in W4A8."""
+FP8_MAX = 448.0
+"""Largest finite value of float8 e4m3."""
+FP8_SMALLEST_AMAX = 1e-12
+"""What the largest element of a row counts at least, so that a row of zeros has a scale."""
 
 
 def dequantize(
@@ -85,36 +89,108 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
         x: floating ``[M, K]``, K a multiple of 32.
 
     Returns:
-        ``xq`` int8 ``[M, K/32, 32]`` and ``d`` float32 ``[M, K/32]`` (0 for an all-zero block).
+        ``xq`` int8 ``[M, K/32, 32]`` and ``d`` float32 ``[M, K/32]``. Where d rounds to 0 all xq
+        are 0; a block with NaN or Inf in it has ``d = NaN`` (so its row's result is NaN) and xq 0.
     """
     blocks = x.float().unflatten(-1, (-1, INT8_BLOCK))
     amax = blocks.abs().amax(dim=-1)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
-    xq = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
-    return xq.to(torch.int8), amax / 127.0
+    # A tensor, because torch divides by a number by multiplying with its inverse.
+    d = amax / torch.full_like(amax, 127.0)
+    live = (d > 0) & amax.isfinite()
+    ratio = blocks / torch.where(live, d, 1.0).unsqueeze(-1)
+    ratio = torch.where(live.unsqueeze(-1), ratio, 0.0).clamp(-127, 127)
+    return ratio.round().to(torch.int8), torch.where(amax.isfinite(), d, torch.nan)
+
+
+def int8_dots(xq: Tensor, qdata: Tensor) -> Tensor:
+    """The integer sums of W4A8: ``sum_k xq[m, b, k] * q[n, b, k]`` over blocks ``b`` of 32.
+
+    Args:
+        xq: int8 ``[M, K/32, 32]``.
+        qdata: int8 ``[N, K/2]``.
+
+    Returns:
+        int32 ``[M, K/32, N]``.
+    """
+    q = unpack_nibbles(qdata).unflatten(-1, (-1, INT8_BLOCK))
+    # float32 holds these sums exactly: |xq * q| summed over 32 stays under 2^24.
+    return torch.einsum("mbk,nbk->mbn", xq.float(), q.float()).to(torch.int32)
 
 
 def linear_int8(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """W4A8: int32 dot products of int8 activations and 4-bit weights, scaled in float32.
 
     ``y[m, n] = sum_b d[m, b] * (scale[g, n] * dot[m, b, n] + zero_point[g, n] * sum(xq[m, b]))``
-    over blocks ``b`` of 32, ``g = 32 * b // group_size``.
+    over blocks ``b`` of 32, ``g = 32 * b // group_size``; plus ``bias [N]``. ``act_pre_scale [K]``
+    multiplies x in float32, before it is quantised.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
     """
-    xq, d = quantize_activation(x)
-    q = unpack_nibbles(qdata).unflatten(-1, (-1, INT8_BLOCK))
-    # float32 holds these sums exactly: |xq * q| summed over 32 stays under 2^24.
-    dot = torch.einsum("mbk,nbk->mbn", xq.float(), q.float())
+    scaled = x if act_pre_scale is None else x.float() * act_pre_scale.reshape(-1).float()
+    xq, d = quantize_activation(scaled)
+    dot = int8_dots(xq, qdata).float()
     total = xq.sum(dim=-1, dtype=torch.int32).float()
     per_group = group_size // INT8_BLOCK
     s = scale.float().repeat_interleave(per_group, dim=0)
     z = zero_point.float().repeat_interleave(per_group, dim=0)
     y = (d.unsqueeze(-1) * (dot * s + total.unsqueeze(-1) * z)).sum(dim=1)
-    return y.to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def fp8_values_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What holds the e4m3 values of an activation of ``dtype``; both hold them exactly."""
+    return torch.float32 if dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A row of ``x * act_pre_scale`` as ``values * rows``, values in float8 e4m3.
+
+    In float32, with ``amax = max(|x|, 1e-12)`` a row: ``values = e4m3(x * (448 / amax))``, to
+    nearest even, and ``rows = amax / 448``.
+
+    Args:
+        x: floating ``[M, K]``, K at least 1.
+        act_pre_scale: ``[K]``; the product is rounded to x's dtype first.
+
+    Returns:
+        ``values [M, K]`` in :func:`fp8_values_dtype`, and ``rows`` float32 ``[M, 1]``.
+    """
+    dtype = fp8_values_dtype(x.dtype)
+    x = pre_scaled(x, act_pre_scale).float()
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=FP8_SMALLEST_AMAX)
+    # Tensors on both sides: torch may divide by a number through its rounded reciprocal.
+    largest = torch.full_like(amax, FP8_MAX)
+    values = (x * (largest / amax)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.to(dtype), amax / largest
+
+
+def linear_fp8(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+) -> Tensor:
+    """``rows * (values @ W.T) + bias`` with :func:`fp8_rows` and the weight in float32.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    values, rows = fp8_rows(x, act_pre_scale)
+    w = dequantize(qdata, scale, zero_point, group_size, torch.float32)
+    y = F.linear(values.float(), w) * rows
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _symmetric_values(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:

@@ -6,7 +6,7 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 
 from __future__ import annotations
 
-from int4q.kernels import cpu, cuda, reference, stack
+from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
 INT8_MAX_M = 8
@@ -37,13 +37,20 @@ W4A16 = (
     _reference(reference.linear),
 )
 
-register("int4_linear", *W4A16)
+# fbgemm comes after the reference, which never refuses: it runs where it is asked for only.
+register("int4_linear", *W4A16, fbgemm.rowwise)
+register("int4_linear_fp8", *(fp8.on_fp8_rows(kernel) for kernel in W4A16), fbgemm.rowwise_fp8)
+register(fp8.ROWS, cuda.fp8_rows, _reference(reference.fp8_rows))
 register(
     "int4_plain_mm",
     _up_to_int8_rows(cuda.decode_int8),
+    _up_to_int8_rows(cuda.triton_int8),
     _up_to_int8_rows(_reference(reference.linear_int8, "reference_w4a8")),
     *W4A16,
 )
+# A weight whose scales are [N, n_groups] has tables of its own: what reads [n_groups, N] only (or
+# would have to copy) must never be in one of them.
+register("int4_plain_mm_w4a16", *W4A16)
 register(
     "int4_linear_backward",
     cuda.gradient,
@@ -53,7 +60,14 @@ register(
 
 # Stacks of weights. One weight after the other is the reference; each is routed as int4_linear is.
 ONE_BY_ONE = "one_by_one"
-register("int4_bmm", cuda.decode_bmm, cuda.stream_bmm, cuda.bmm, _reference(stack.bmm, ONE_BY_ONE))
+register(
+    "int4_bmm",
+    cuda.decode_bmm,
+    cuda.stream_bmm,
+    cuda.bmm,
+    _reference(stack.bmm, ONE_BY_ONE),
+    fbgemm.rowwise_batched,
+)
 register("int4_bmm_backward", cuda.bmm_gradient, _reference(stack.bmm_backward, ONE_BY_ONE))
 register(
     "int4_grouped_mm",
@@ -61,6 +75,7 @@ register(
     cuda.stream_grouped,
     cuda.grouped,
     _reference(stack.grouped_mm, ONE_BY_ONE),
+    Kernel("fbgemm_" + ONE_BY_ONE, KernelPreference.FBGEMM, fbgemm.unsupported, stack.grouped_mm),
 )
 register(
     "int4_grouped_mm_backward",

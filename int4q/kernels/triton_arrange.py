@@ -7,13 +7,13 @@ are dealt with on the way.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from int4q.kernels.triton_common import INTERPRET, rounded, wait_for_producer
+from int4q.kernels.triton_launch import Call
 
 
 @triton.jit
@@ -71,21 +71,27 @@ def _arrange_kernel(
 
 
 def arrange_activation(
-    x: Tensor, act_pre_scale: Tensor | None, counters: Tensor | None, pdl: bool = False
+    x: Tensor,
+    act_pre_scale: Tensor | None,
+    counters: Tensor | None,
+    pdl: bool = False,
+    call: Call | None = None,
 ) -> Tensor:
     """``x [M, K]`` (times ``act_pre_scale [K]``) as ``[4, M, K/4]``; entry i, m, j is x[m, 4j+i].
 
     Also zeroes ``counters``, which a split-K kernel launched after it counts arrivals in. With
-    ``pdl`` the kernel after may start early and must wait before it reads any of the two.
+    ``pdl`` the kernel after may start early and must wait before it reads any of the two. ``call``
+    is the builder's, where one asks (triton_launch.py).
     """
+    call = call or Call((x, act_pre_scale))
     M, K = x.shape
     # (K/4 is an argument of the kernel, here and elsewhere, because only arguments are known to be
     # multiples of 16, and without that no access is wide.)
-    arranged = torch.empty((4, M, K // 4), dtype=x.dtype, device=x.device)
+    arranged = call.empty((4, M, K // 4), x.dtype, x.device)
     block_j = 64 if M * K < 1 << 18 else 256
     block_m = 1 if M * K < 1 << 20 else 4
-    grid = (triton.cdiv(K // 4, block_j) * triton.cdiv(M, block_m),)
-    _arrange_kernel[grid](
+    call.launch(
+        _arrange_kernel, triton.cdiv(K // 4, block_j) * triton.cdiv(M, block_m),
         x, x if act_pre_scale is None else act_pre_scale.contiguous(), arranged,
         counters if counters is not None else arranged,
         M, K, K // 4, 0 if counters is None else counters.numel(), *x.stride(),

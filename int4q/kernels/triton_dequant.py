@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int4q.kernels import tuned
+from int4q.kernels import triton_launch, tuned
+from int4q.kernels.tiles import DequantizeConfig
 from int4q.kernels.triton_common import (
     INTERPRET,
     group_of_step,
@@ -24,8 +25,12 @@ from int4q.kernels.triton_common import (
     unsupported_anywhere,
 )
 
-SLICE_BYTES = 64 << 20
-"""Most memory that :func:`linear` takes for dequantised weights at a time."""
+SLICE_BYTES = 256 << 20
+"""Most memory that :func:`linear` takes for dequantised weights at a time.
+
+Measured on an H200: 64 MB slices cost up to 10 % (smaller GEMMs leave more of the device idle at
+their ends), and dequantising the next slice beside the GEMM gains nothing.
+"""
 
 
 def unsupported(problem) -> str | None:
@@ -36,8 +41,10 @@ def unsupported(problem) -> str | None:
 def unsupported_linear(problem) -> str | None:
     """Why dequantise + cuBLAS is not the way for ``problem``; ``None`` where it is."""
     reason = unsupported_anywhere(problem)
-    if reason is None and not tuned.dequantizes(problem.M, problem.N, problem.K):
-        reason = f"M={problem.M}: a fused kernel is faster below M={tuned.DEQUANTIZE_FROM_M}"
+    capability = problem.capability
+    if reason is None and not tuned.dequantizes(problem.M, problem.N, problem.K, capability):
+        start = tuned.dequantize_from_m(capability)
+        reason = f"M={problem.M}: a fused kernel is faster below M={start}"
     return reason
 
 
@@ -88,19 +95,18 @@ def _dequantize_kernel(
         tl.store(target, values, mask=(rows < N)[:, None] & (k < K)[None, :])
 
 
-def _dequantize(packed, scale, zero_point, group_size, out, signed):
-    """``scale`` and ``zero_point`` are ``[n_groups, N]`` here; fills and returns ``out [N, K]``."""
+def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> None:
     N, K = out.shape
     if out.numel() == 0:
-        return out
+        return
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    config = tuned.dequantize_config(N, K)
+    config = config or tuned.dequantize_config(N, K, out.device)
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
-    grid = (triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
-    _dequantize_kernel[grid](
+    call.launch(
+        _dequantize_kernel, triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),
         packed, scale, zero, out,
         N, K, K // group_size, packed.stride(0), *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
@@ -108,6 +114,11 @@ def _dequantize(packed, scale, zero_point, group_size, out, signed):
         EVEN=N % block_n == 0 and (K // 2) % block_h == 0,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _dequantize(packed, scale, zero_point, group_size, out, signed, config=None):
+    """``scale`` and ``zero_point`` are ``[n_groups, N]`` here; fills and returns ``out [N, K]``."""
+    triton_launch.run(_build, (packed, scale, zero_point, out), group_size, signed, config)
     return out
 
 
@@ -133,6 +144,7 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
     signed: bool = True,
+    config: DequantizeConfig | None = None,
 ) -> Tensor:
     """``q * scale + zero_point`` in float32, rounded once to ``dtype``.
 
@@ -140,13 +152,22 @@ def dequantize(
         qdata: int8 ``[N, K/2]``; two's complement nibbles, or offset-binary with ``signed=False``.
         scale, zero_point: ``[K/group_size, N]``, any strides.
         dtype: bfloat16, float16 or float32.
+        config: the tile, by default the table's.
 
     Returns:
         ``[N, K]``.
     """
     shape = (qdata.shape[0], qdata.shape[1] * 2)
     out = torch.empty(shape, dtype=dtype, device=qdata.device)
-    return _dequantize(qdata, scale, zero_point, group_size, out, signed)
+    return _dequantize(qdata, scale, zero_point, group_size, out, signed, config)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    # (With ``out`` autocast stays out: the dtype of the result is that of x.)
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
 def _sliced_matmul(x, packed, scale, zero_point, group_size, bias, signed) -> Tensor:
@@ -154,20 +175,20 @@ def _sliced_matmul(x, packed, scale, zero_point, group_size, bias, signed) -> Te
     out = x.new_empty((x.shape[0], N))
     if x.shape[0] == 0 or N == 0:
         return out
-    n_slices = triton.cdiv(N * K * x.element_size(), SLICE_BYTES)
+    n_slices = -(-N * K * x.itemsize // SLICE_BYTES)
     # Equal slices in multiples of 256 rows: no slice ends in a GEMM too narrow for the device.
-    step = min(N, triton.cdiv(triton.cdiv(N, n_slices), 256) * 256)
+    step = min(N, -(-N // (n_slices * 256)) * 256)
     weight = x.new_empty((step, K))
+    if step == N:
+        _dequantize(packed, scale, zero_point, group_size, weight, signed)
+        _product(x, weight, bias, out)
+        return out
     for start in range(0, N, step):
-        stop = min(start + step, N)
-        part = weight[: stop - start]
-        zero = None if zero_point is None else zero_point[:, start:stop]
-        _dequantize(packed[start:stop], scale[:, start:stop], zero, group_size, part, signed)
-        columns = out[:, start:stop]
-        if bias is None:
-            torch.mm(x, part.t(), out=columns)
-        else:
-            torch.addmm(bias[start:stop].to(x.dtype), x, part.t(), out=columns)
+        rows = slice(start, min(start + step, N))
+        part = weight[: rows.stop - start]
+        zero = None if zero_point is None else zero_point[:, rows]
+        _dequantize(packed[rows], scale[:, rows], zero, group_size, part, signed)
+        _product(x, part, None if bias is None else bias[rows], out[:, rows])
     return out
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int4q.kernels import triton_matvec, tuned
+from int4q.kernels import triton_launch, triton_matvec, tuned
+from int4q.kernels.tiles import MatmulConfig
 from int4q.kernels.triton_arrange import arrange_activation
 from int4q.kernels.triton_common import (
     INTERPRET,
@@ -152,25 +153,26 @@ def _gemm_kernel(
             store_transposed(out_ptr, total, rows, cols, M, N, ON_GPU)
 
 
-def _matmul(
-    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
-) -> Tensor:
+def _build(
+    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
+) -> None:
     M, N, K = x.shape[0], packed.shape[0], x.shape[1]
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    out = call.result((M, N))
     if out.numel() == 0:
-        return out
-    config = config or tuned.matmul_config(M, N, K, x.device)
+        return
+    config = config or tuned.matmul_config(M, N, K, x.device, group_size >= 128)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     split_k = config.split_k
     partial, counters = out, None
     if split_k > 1:
-        partial = torch.empty((split_k, N, M), dtype=torch.float32, device=x.device)
-        counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
+        partial = call.empty((split_k, N, M), torch.float32, x.device)
+        counters = call.empty((tiles,), torch.int32, x.device)
     pdl = has_launch_overlap(x.device)
-    arranged = arrange_activation(x, act_pre_scale, counters, pdl)
-    words = as_words(packed)
+    arranged = arrange_activation(x, act_pre_scale, counters, pdl, call)
+    words = call.view(as_words(packed), packed)
     scale, zero = matched_groups(scale, zero_point)
-    _gemm_kernel[(tiles * split_k,)](
+    call.launch(
+        _gemm_kernel, tiles * split_k,
         arranged, words, scale, zero, out if bias is None else bias.contiguous(), out, partial,
         out if counters is None else counters,
         M, N, K, K // 4, K // group_size, words.stride(0), *scale.stride(), *zero.stride(),
@@ -180,7 +182,13 @@ def _matmul(
         SPLIT_K=split_k, GROUP_M=config.group_m, STAGES=config.num_stages,
         num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
-    return out
+
+
+def _matmul(
+    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
+) -> Tensor:
+    parts = x, packed, scale, zero_point, bias, act_pre_scale
+    return triton_launch.run(_build, parts, group_size, signed, config)
 
 
 def int4_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
@@ -205,6 +213,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: MatmulConfig | None = None,
 ) -> Tensor:
     """``(x * act_pre_scale) @ W.T + bias`` for the plain tensor's parts.
 
@@ -214,6 +223,7 @@ def int4_linear(
         scale, zero_point: ``[K/group_size, N]``, any strides, any of the three dtypes.
         bias: ``[N]``.
         act_pre_scale: ``[K]``.
+        config: the tile, by default the table's (for two rows and more).
 
     Returns:
         ``[M, N]`` in the dtype of x.
@@ -222,4 +232,4 @@ def int4_linear(
         return triton_matvec.int4_linear(
             x, qdata, scale, zero_point, group_size, bias, act_pre_scale
         )
-    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)

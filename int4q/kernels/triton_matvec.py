@@ -7,12 +7,12 @@ one multiply-add a weight cheaper.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from int4q.kernels import tuned
+from int4q.kernels import triton_launch, tuned
+from int4q.kernels.tiles import MatvecConfig
 from int4q.kernels.triton_common import (
     INTERPRET,
     group_of_step,
@@ -76,16 +76,19 @@ def _matvec_kernel(
     tl.store(out_ptr + rows, y, mask=rows < N)
 
 
-def _matvec(x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed) -> Tensor:
+def _build(
+    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
+) -> None:
     N, K = packed.shape[0], x.shape[1]
-    out = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
+    out = call.result((x.shape[0], N))
     if out.numel() == 0:
-        return out
+        return
     if packed.stride(1) != 1:
         packed = packed.contiguous()
-    config = tuned.matvec_config(N, K)
+    config = config or tuned.matvec_config(N, K, x.device)
     scale, zero = matched_groups(scale, zero_point)
-    _matvec_kernel[(triton.cdiv(N, config.block_n),)](
+    call.launch(
+        _matvec_kernel, triton.cdiv(N, config.block_n),
         x, x if act_pre_scale is None else act_pre_scale.contiguous(), packed, scale, zero,
         x if bias is None else bias.contiguous(), out,
         N, K, K // group_size, x.stride(1), packed.stride(0), *scale.stride(), *zero.stride(),
@@ -94,7 +97,13 @@ def _matvec(x, packed, scale, zero_point, group_size, bias, act_pre_scale, signe
         ON_GPU=not INTERPRET, BLOCK_N=config.block_n, BLOCK_H=config.block_h,
         num_warps=config.num_warps,
     )  # fmt: skip
-    return out
+
+
+def _matvec(
+    x, packed, scale, zero_point, group_size, bias, act_pre_scale, signed, config=None
+) -> Tensor:
+    parts = x, packed, scale, zero_point, bias, act_pre_scale
+    return triton_launch.run(_build, parts, group_size, signed, config)
 
 
 def int4_matvec(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
@@ -119,6 +128,7 @@ def int4_linear(
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    config: MatvecConfig | None = None,
 ) -> Tensor:
     """The plain tensor's linear for ``x [1, K]``; ``scale``, ``zero_point`` are ``[K/gs, N]``."""
-    return _matvec(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, signed=True)
+    return _matvec(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)

@@ -19,10 +19,10 @@ WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
 """The parts of a weight in a schema."""
 
 
-def define(schema: str, run, fake, backward=None, save=None) -> None:
+def define(schema: str, run, fake, backward=None, save=None, returns="Tensor") -> None:
     """One op: the same Python function on every device, its fake, and its gradient to ``x``."""
     name = schema.split("(", 1)[0]
-    LIBRARY.define(f"{schema} -> Tensor")
+    LIBRARY.define(f"{schema} -> {returns}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
     if backward is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
+from int4q.kernels import reference
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -44,15 +45,19 @@ def save_weight(ctx, inputs, output):
     ctx.save_for_backward(qdata, scale, zero_point)
 
 
-def _save_linear(ctx, inputs, output):
+def save_linear(ctx, inputs, output):
     *weight, bias, act_pre_scale = inputs
     ctx.save_for_backward(*weight[1:4], act_pre_scale)
     ctx.group_size, ctx.bias_dtype = weight[4], None if bias is None else bias.dtype
 
 
-def _linear_grad(ctx, grad):
-    grad_x = grad_bias = None
+def linear_grad(ctx, grad):
     *weight, act_pre_scale = ctx.saved_tensors
+    return _grads(ctx, grad, weight, act_pre_scale)
+
+
+def _grads(ctx, grad, weight, act_pre_scale):
+    grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.int4q.int4_linear_backward(grad, *weight, ctx.group_size)
         if act_pre_scale is not None:
@@ -65,34 +70,60 @@ def _linear_grad(ctx, grad):
 # --- int4_plain_mm: int8 activations for few rows, W4A16 above ---------------------------------
 
 
-def _check_plain_mm(x, qdata, scale, zero_point, group_size) -> None:
-    K = 2 * qdata.shape[-1]
-    for name, part in (("scale", scale), ("zero_point", zero_point)):
-        expected = (qdata.shape[0], K // group_size if group_size > 0 else 0)
-        if part.shape != expected:
-            raise errors.value(
-                f"{name} must have shape [N, n_groups] = {errors.dims(expected)}",
-                errors.dims(part.shape),
-                "Repack a plain [n_groups, N] weight with CudaCoalescedInt4Tensor.from_int4_tensor",
-            )
-    check_linear(x, qdata, scale.mT, zero_point.mT, group_size)
+def _check_plain_mm(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None) -> None:
+    K = 2 * qdata.shape[-1] if qdata.ndim == 2 else 0
+    if K and group_size > 0 and K % group_size == 0:  # (anything else is said below)
+        expected = (qdata.shape[0], K // group_size)
+        for name, part in (("scale", scale), ("zero_point", zero_point)):
+            if part.shape != expected:
+                raise errors.value(
+                    f"{name} must have shape [N, n_groups] = {errors.dims(expected)}",
+                    errors.dims(part.shape),
+                    "Repack a plain [n_groups, N] weight with "
+                    "CudaCoalescedInt4Tensor.from_int4_tensor",
+                )
+    check_linear(x, qdata, *turned(scale, zero_point), group_size, bias, act_pre_scale)
+    if group_size % reference.INT8_BLOCK:
+        raise errors.value(
+            f"group_size must be a multiple of {reference.INT8_BLOCK}, the activations that share "
+            "an int8 scale",
+            group_size,
+        )
 
 
-def _int4_plain_mm(x, qdata, scale, zero_point, group_size):
-    _check_plain_mm(x, qdata, scale, zero_point, group_size)
-    s, z = scale.mT, zero_point.mT
-    return run_2d("int4_plain_mm", x, qdata, s, group_size, z, group_size)
+def turned(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """The coalesced ``[N, n_groups]`` parts as kernels index them, ``[n_groups, N]`` (views)."""
+    return (scale.mT, zero_point.mT) if scale.ndim == zero_point.ndim == 2 else (scale, zero_point)
 
 
-def _int4_plain_mm_fake(x, qdata, scale, zero_point, group_size):
-    _check_plain_mm(x, qdata, scale, zero_point, group_size)
+def _run_plain_mm(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, int8_activations):
+    scale, zero_point = scale.mT, zero_point.mT
+    op = "int4_plain_mm" if int8_activations else "int4_plain_mm_w4a16"
+    return run_2d(op, x, qdata, scale, group_size, zero_point, group_size, bias, act_pre_scale)
+
+
+def _int4_plain_mm(
+    x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None, int8_activations=True
+):
+    parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale
+    _check_plain_mm(*parts)
+    return _run_plain_mm(*parts, int8_activations)
+
+
+def _int4_plain_mm_fake(
+    x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None, int8_activations=True
+):
+    _check_plain_mm(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
+def _save_plain_mm(ctx, inputs, output):
+    save_linear(ctx, inputs[:-1], output)
+
+
 def _plain_mm_grad(ctx, grad):
-    qdata, scale, zero_point = ctx.saved_tensors
-    args = (grad, qdata, scale.mT, zero_point.mT, ctx.group_size)
-    return torch.ops.int4q.int4_linear_backward(*args), None, None, None, None
+    qdata, scale, zero_point, act_pre_scale = ctx.saved_tensors
+    return *_grads(ctx, grad, (qdata, scale.mT, zero_point.mT), act_pre_scale), None
 
 
 # --- the way in from a tensor ---
@@ -134,12 +165,30 @@ def linear_parts(
     return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
 
 
+def coalesced_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    int8_activations: bool = True,
+) -> Tensor:
+    """``int4_plain_mm`` on the parts of a coalesced tensor, which its constructor has checked."""
+    parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale, int8_activations
+    if not dispatches_nothing(x, bias):
+        return torch.ops.int4q.int4_plain_mm(*parts)
+    check_activation("x", x, qdata, 2 * qdata.shape[1])
+    return _run_plain_mm(*parts)
+
+
 define(
     f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
     _int4_linear,
     _int4_linear_fake,
-    _linear_grad,
-    _save_linear,
+    linear_grad,
+    save_linear,
 )
 define(
     f"int4_linear_backward(Tensor grad, {WEIGHT})",
@@ -147,11 +196,12 @@ define(
     _int4_linear_backward_fake,
 )
 define(
-    f"int4_plain_mm(Tensor x, {WEIGHT})",
+    f"int4_plain_mm(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None, "
+    "bool int8_activations=True)",
     _int4_plain_mm,
     _int4_plain_mm_fake,
     _plain_mm_grad,
-    save_weight,
+    _save_plain_mm,
 )
 for _op, _dim in (("int4_linear", -1), ("int4_linear_backward", -2), ("int4_plain_mm", -1)):
     count_flops(_op, _dim)

@@ -102,6 +102,13 @@ class Int4TensorBase(TorchAOBaseTensor):
         cls.__setstate__ = _checked_setstate
 
     @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            return _dispatch_in_inference_mode(cls, func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
     def _check(
         cls, qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype
     ) -> None:
@@ -273,6 +280,21 @@ class Int4TensorBase(TorchAOBaseTensor):
     def is_pinned(self) -> bool:
         """Whether every part lies in page-locked memory."""
         return all(t.is_pinned() for t in self.data_tensors().values())
+
+
+def _dispatch_in_inference_mode(cls, func, types, args, kwargs):
+    """What ``torch.inference_mode`` asks of a subclass beyond its ops.
+
+    Composite ops arrive whole, to be taken apart here; and a view of a tensor made outside must
+    be no inference tensor, or autograd's bookkeeping of views refuses it.
+    """
+    if func not in cls._ATEN_OP_TABLE[cls]:
+        out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    outside = func.is_view and isinstance(args[0], Tensor) and not args[0].is_inference()
+    with torch.inference_mode(not outside):
+        return super(Int4TensorBase, cls).__torch_dispatch__(func, types, args, kwargs)
 
 
 def _column(part: Tensor) -> Tensor:

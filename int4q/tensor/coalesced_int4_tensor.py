@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.kernels.reference import pre_scaled
-from int4q.ops import linear_parts
+from int4q.ops import coalesced_linear
 from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
 from int4q.tensor.int4_tensor import Int4Tensor
 
@@ -78,15 +77,15 @@ class CudaCoalescedInt4Tensor(Int4TensorBase):
             self.qdata, scale, zero_point, self.block_size, self.shape, self.act_pre_scale
         )
 
+    def with_activation_dtype(self, activation_dtype: torch.dtype) -> CudaCoalescedInt4Tensor:
+        """The same parts, not copied, for ``torch.int8`` or ``torch.bfloat16`` activations."""
+        parts = self.qdata, self.scale, self.zero_point, self.block_size, self.shape
+        return type(self)(*parts, self.act_pre_scale, activation_dtype)
+
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.activation_dtype != torch.int8:
-            weight = *self._weight_parts(), self.group_size
-            return linear_parts(x, *weight, bias, self.act_pre_scale)
-        x = pre_scaled(x, self.act_pre_scale)
-        y = torch.ops.int4q.int4_plain_mm(
-            x, self.qdata, self.scale, self.zero_point, self.group_size
-        )
-        return y if bias is None else y + bias.to(y.dtype)
+        weight = self.qdata, self.scale, self.zero_point, self.group_size
+        int8 = self.activation_dtype == torch.int8
+        return coalesced_linear(x, *weight, bias, self.act_pre_scale, int8)
 
 
 def _turned(t: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import fill_defaults
 
 from int4q import errors
+from int4q.kernels.fp8 import scaled_back
 from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor.base import Int4TensorBase
@@ -46,6 +48,15 @@ def _dequantized(w: Int4TensorBase, x: Tensor) -> Tensor:
     return w.dequantize(x.dtype)
 
 
+def _on_activation(x: Tensor, w: Int4TensorBase, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """``product`` of the activation scaled, and quantised to float8, as ``w`` asks."""
+    x = _autocast(x)
+    if w.activation_dtype != torch.float8_e4m3fn:
+        return product(pre_scaled(x, w.act_pre_scale))
+    values, rows = torch.ops.int4q.fp8_rows(x, w.act_pre_scale)
+    return scaled_back(product(values), rows, None, x.dtype)
+
+
 def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
     """``x [.., K] @ w.T + bias`` for a logical ``w [N, K]``, in ``x``'s dtype.
 
@@ -58,13 +69,30 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
         raise errors.value(
             f"bias must have shape {errors.dims(w.shape[:1])}", errors.dims(bias.shape)
         )
-    if w.ndim != 2 or w.grouped_dim != 1:
+    if len(w.block_size) != 2 or w.grouped_dim != 1:  # (``w.ndim`` would be dispatched: 1 us)
         return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
     return w._linear(x, bias)
 
 
+def weight_first(op: str, w: Int4TensorBase, x: Tensor) -> Tensor:
+    """``w [.., N, K] @ x [.., K, M]`` by ``(x.T @ w.T).T``, in ``x``'s dtype.
+
+    The plain meaning, for ``bmm`` too: it contracts the last dim of ``w`` and the last but one
+    of ``x``.
+    """
+    _only_weight(op, x, w)
+    if w.ndim < 2 or x.ndim != w.ndim:
+        raise errors.value(
+            f"{op} of a 4-bit weight and an activation takes the same number of dims, 2 or 3",
+            f"{errors.dims(w.shape)} and {errors.dims(x.shape)}",
+        )
+    return matmul(x.transpose(-1, -2), transpose(w, -1, -2)).transpose(-1, -2)
+
+
 def matmul(x: Tensor, w: Int4TensorBase) -> Tensor:
     """``x @ w`` in torch's plain meaning: it contracts the last but one dim of ``w``."""
+    if isinstance(x, Int4TensorBase):
+        return weight_first("matmul", x, w)
     _only_weight("matmul", x, w)
     if w.ndim == 2:
         return linear(x, transpose(w, 0, 1))
@@ -75,20 +103,21 @@ def matmul(x: Tensor, w: Int4TensorBase) -> Tensor:
 
 
 def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
-    """``[B, M, K]`` times a stack, to ``[B, M, N]``.
+    """``x [B, M, K]`` times a stack, to ``[B, M, N]``; a stack times ``x``: :func:`weight_first`.
 
     The grouped dim of ``w`` is the one contracted: a stack as quantised, ``[B, N, K]``
     (torchao's convention), and its transpose ``[B, K, N]`` (torch's plain meaning) give the same.
     """
+    if isinstance(x, Int4TensorBase):
+        return weight_first("bmm", x, w)
     _only_weight("bmm", x, w)
     if w.ndim != 3 or w.grouped_dim == 0:
         raise errors.value(
             "bmm takes a 3-D weight grouped along one of its last two dims",
             f"{errors.dims(w.shape)} with block_size {w.block_size}",
         )
-    x = _autocast(x)
-    x = pre_scaled(x, w.act_pre_scale)
-    return torch.ops.int4q.int4_bmm(x, *w._weight_parts(), w.group_size)
+    weight = *w._weight_parts(), w.group_size
+    return _on_activation(x, w, lambda x: torch.ops.int4q.int4_bmm(x, *weight))
 
 
 def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=None, out_dtype=None):
@@ -106,8 +135,8 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
     if x.ndim == 3 and offs is None:
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
-        x = pre_scaled(_autocast(x), w.act_pre_scale)
-        y = torch.ops.int4q.int4_grouped_mm(x, *w._weight_parts(), w.group_size, offs)
+        weight = *w._weight_parts(), w.group_size, offs
+        y = _on_activation(x, w, lambda x: torch.ops.int4q.int4_grouped_mm(x, *weight))
     else:
         raise errors.value(
             "grouped_mm takes x [T, K], w [E, K, N] grouped along K, and offs [E]",
@@ -120,9 +149,12 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
 @implements_torch_function(F.linear)
 @implements(aten.linear.default)
 def _(func, types, args, kwargs):
-    x, w, bias = fill_defaults(args, 3, [None]) if len(args) > 1 else (args[0], None, None)
-    w, bias = kwargs.get("weight", w), kwargs.get("bias", bias)
-    return linear(x, w, bias)
+    return _linear(*args, **kwargs)
+
+
+def _linear(input, weight, bias=None):
+    """:func:`linear` under the argument names of torch."""
+    return linear(input, weight, bias)
 
 
 @implements_torch_function([torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__])

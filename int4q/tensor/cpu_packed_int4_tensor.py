@@ -111,7 +111,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         w: Tensor,
         block_size: Sequence[int],
         activation_dtype: torch.dtype | None = None,
-        algorithm: str = "tinygemm",
+        algorithm: str | None = None,
         packing: str | None = None,
     ) -> CpuPackedInt4Tensor:
         """Quantise a high-precision weight ``[N, K]``; errors as ``Int4Tensor.from_hp``."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from int4q import errors
+from int4q import errors, qparams
 from int4q.ops import linear_parts
 from int4q.tensor import compute_ops, shape_ops  # noqa: F401  (registered before subclasses)
 from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
@@ -28,7 +28,8 @@ class Int4Tensor(Int4TensorBase):
             not 1 marks the grouped dim, so a transposed weight has ``[group_size, 1]`` over the
             same storage.
         shape: the logical shape.
-        activation_dtype: ``torch.bfloat16`` (W4A16: activations keep their own dtype).
+        activation_dtype: ``torch.bfloat16`` (W4A16: activations keep their own dtype) or
+            ``torch.float8_e4m3fn`` (each row of activations is quantised at run time).
 
     4.25 bits a weight at group 128 with 16-bit scales, 5 bits at group 32 (the zero points
     included).
@@ -39,7 +40,7 @@ class Int4Tensor(Int4TensorBase):
         "scale": Part(swapped=True),
         "zero_point": Part(swapped=True),
     }
-    activation_dtypes = (torch.bfloat16,)
+    activation_dtypes = (torch.bfloat16, torch.float8_e4m3fn)
     other_layout_fix = (
         "This is the coalesced layout [.., N, n_groups]; build a CudaCoalescedInt4Tensor and "
         "call .to_int4_tensor()"
@@ -51,20 +52,30 @@ class Int4Tensor(Int4TensorBase):
         w: Tensor,
         block_size: Sequence[int],
         activation_dtype: torch.dtype | None = None,
-        algorithm: str = "tinygemm",
+        algorithm: str | None = None,
     ) -> Int4Tensor:
         """Quantise a high-precision weight.
 
         Args:
             w: float32, float16 or bfloat16 ``[N, K]`` or ``[B, N, K]``.
             block_size: ones, then group_size: 32, 64, 128 or 256.
-            activation_dtype: ``torch.bfloat16`` (the default).
-            algorithm: a key of ``int4q.qparams.ALGORITHMS``.
+            activation_dtype: ``torch.bfloat16`` (the default) or ``torch.float8_e4m3fn``.
+            algorithm: a key of ``int4q.qparams.ALGORITHMS``; by default ``"tinygemm"``
+                (min-max), and ``"symmetric_full_range"`` for float8 activations, both as torchao
+                quantises.
 
         Raises:
             TypeError: ``w`` is not a plain floating-point tensor.
-            ValueError: the last dim is no multiple of group_size, or NaN or Inf in ``w``.
+            ValueError: the last dim is no multiple of group_size, NaN or Inf in ``w``, or an
+                algorithm with zero points for float8 activations.
         """
+        fp8 = activation_dtype == torch.float8_e4m3fn
+        algorithm = algorithm or ("symmetric_full_range" if fp8 else "tinygemm")
+        if fp8 and algorithm not in qparams.SYMMETRIC:
+            raise errors.value(
+                f"weights for float8 activations take an algorithm of {qparams.SYMMETRIC}",
+                repr(algorithm),
+            )
         qdata, scale, zero_point, block_size = quantize_weight(w, block_size, algorithm)
         scale, zero_point = scale.mT.contiguous(), zero_point.mT.contiguous()
         return cls(qdata, scale, zero_point, block_size, w.shape, activation_dtype=activation_dtype)
@@ -125,6 +136,8 @@ class Int4Tensor(Int4TensorBase):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.qdata, self.scale, self.zero_point, self.group_size
+        if self.activation_dtype == torch.float8_e4m3fn:
+            return torch.ops.int4q.int4_linear_fp8(x, *weight, bias, self.act_pre_scale)
         return linear_parts(x, *weight, bias, self.act_pre_scale)
 
 

@@ -49,6 +49,19 @@ def experts() -> None:
             check(f"bmm {name}", torch.bmm(batch, t), batch.double() @ w.mT, 1e-2)
 
 
+def on_two_streams(x, weight):
+    """What one stream computes while another does the same, and what it computes alone."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    alone = F.linear(x, weight)
+    torch.cuda.synchronize()
+    both = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            both.append(F.linear(x, weight))
+    torch.cuda.synchronize()
+    return torch.cat(both), torch.cat([alone, alone]).double()
+
+
 def main() -> None:
     torch.manual_seed(0)
     experts()
@@ -62,9 +75,14 @@ def main() -> None:
         a8 = CudaCoalescedInt4Tensor.from_int4_tensor(plain)
         shape = f"M={M} N={N} K={K} g{group_size}"
         for name, t, bound in (("plain", plain, 1e-2), ("a16", a16, 1e-2), ("a8", a8, 5e-2)):
-            check(f"{name} {shape}", F.linear(x, t.cuda()), exact, bound)
+            for call in ("first", "again"):  # the second is a replay, on another copy
+                check(f"{name} {shape} {call}", F.linear(x, t.cuda()), exact, bound)
+        check(f"two streams {shape}", *on_two_streams(x, a8.cuda()), 1e-9)
         with kernel_preference("triton"):
-            check(f"triton {shape}", F.linear(x, plain.cuda()), exact, 1e-2)
+            for call in ("first", "again"):
+                check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
+            check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
+            check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
         packed = (plain.qdata ^ -0x78).cuda()
         scale = plain.scale.mT.contiguous().cuda()
         symmetric = exact - F.linear(
