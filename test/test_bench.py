@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from int4q import Int4Tensor
-from int4q.bench import cpu, decode, peers, report, shapes
+from int4q.bench import cpu, decode, experts, experts_peers, peers, report, shapes
 from int4q.cli import main
 
 ROWS = [
@@ -68,6 +68,27 @@ def test_the_command_knows_its_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("int4q 0.")
+
+
+def test_experts_table_holds_times_and_ratios():
+    rows = [
+        {"stack": "a stack", "group_size": 128, "tokens": 8, "rows": 16, "active_experts": 4,
+         "us": {"int4q plain": 10.0, "bf16 _grouped_mm": 35.0, "other": 14.0, "slow": 20.0},
+         "not_timed": {"gone": "wrong"}, "flops": 4 * 10**9, "bytes": 2 * 10**7}
+    ]  # fmt: skip
+    text = experts.markdown({**RESULT, "rows": rows})
+    assert "| a stack | 128 | 8 | 16 | 4 | 10.0 | 35.0 | 14.0 | 20.0 | 3.50 | 1.40 | 8.0 |" in text
+    assert "slow 20.0; gone: wrong" in experts.line(rows[0])
+    reasons = {p.name: p.missing() for p in experts_peers.PEERS}
+    assert reasons["bf16 _grouped_mm"] is None
+
+
+def test_routing_takes_distinct_experts_for_every_token():
+    for stack in experts.STACKS:
+        ends = experts.routing(stack, 64)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        assert len(ends) == stack.experts and counts.max() <= 64
+        assert ends[-1] == 64 * (stack.top_k or stack.experts)
 
 
 DECODE = {

@@ -174,6 +174,30 @@ def test_routes_on_a_gpu_are_chosen_without_one(M, change, name):
     assert choose(problem(M=M, **{**H200, **change})).name == name
 
 
+@pytest.mark.parametrize(
+    "M,experts,change,name",
+    [
+        (8, 128, {}, "cuda_experts"),
+        (64, 8, {}, "gluon_experts"),
+        (512, 128, {}, "cuda_experts"),
+        (512, 128, dict(group_size=32), "gluon_experts"),
+        (4096, 128, {}, "gluon_experts"),
+        (4096, 128, dict(capability=(8, 0)), "triton_experts"),
+        (4096, 128, dict(dtype=torch.float32), "triton_experts"),
+        (8, 128, dict(dtype=torch.float64), "one_by_one"),
+        (8, 128, dict(device="cpu", capability=None), "one_by_one"),
+        (8, 128, dict(group_size=16), "one_by_one"),
+        (8, 128, dict(N=1534), "gluon_experts"),
+    ],
+)
+@pytest.mark.parametrize("op", ["int4_grouped_mm", "int4_bmm"])
+def test_routes_of_a_stack(op, M, experts, change, name):
+    pytest.importorskip("triton")
+    bf16 = torch.bfloat16
+    problem = Problem(op, "cuda", bf16, bf16, M, 1536, 2048, 128, (9, 0), experts)
+    assert choose(dataclasses.replace(problem, **change)).name == name
+
+
 def test_w4a8_serves_few_rows_of_the_coalesced_op_only():
     pytest.importorskip("triton")
     coalesced = dict(op="int4_plain_mm", **H200)

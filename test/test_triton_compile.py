@@ -26,8 +26,10 @@ def jobs():
     import torch
 
     from int4q.kernels import (
+        gluon_experts,
         gluon_matmul,
         triton_dequant,
+        triton_experts,
         triton_fp8,
         triton_matmul,
         triton_matvec,
@@ -57,6 +59,21 @@ def jobs():
         found.append((f"gluon {name}", linear(gluon_matmul.int4_linear, 64, 4096, 4096, **more)))
     for M in (1, 16, 64, 256):
         found.append((f"triton M={M}", linear(triton_matmul.int4_linear, M, 4096, 4096, 128)))
+
+    def experts(run, T, E, group_size=128, coalesced=False):
+        scale = empty(E, 2048, 2048 // group_size).mT if coalesced else empty(E, 16, 2048)
+        stack = (empty(E, 2048, 1024, dtype=torch.int8), scale, scale, group_size)
+        return lambda: run(empty(T, 2048), *stack, empty(E, dtype=torch.int32))
+
+    for mean in (1, 8, 20, 64, 128, 1024):  # one row of experts_config each
+        run = gluon_experts.int4_grouped_mm
+        found.append((f"gluon experts, {mean} rows each", experts(run, 8 * mean, 8)))
+    run = gluon_experts.int4_grouped_mm
+    found.append(("gluon experts, group 32, coalesced", experts(run, 64, 64, 32, True)))
+    for mean in (1, 64, 256):
+        for name in ("int4_grouped_mm", "int4_grouped_mm_backward"):
+            run = getattr(triton_experts, name)
+            found.append((f"triton {name}, {mean} rows each", experts(run, 8 * mean, 8)))
     for M, N, K in ((1, 28672, 4096), (2, 28672, 4096), (8, 28672, 4096), (8, 4096, 14336)):
         for coalesced in (True, False):
             name = f"W4A8 M={M} N={N} {'coalesced' if coalesced else 'plain'}"
@@ -89,7 +106,14 @@ def pretend_sm90(compiled: list) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from int4q.kernels import nvrtc, triton_common, triton_matmul, triton_w4a8, tuned
+    from int4q.kernels import (
+        nvrtc,
+        triton_common,
+        triton_experts,
+        triton_matmul,
+        triton_w4a8,
+        tuned,
+    )
 
     class Utils:
         get_device_properties = staticmethod(
@@ -119,7 +143,7 @@ def pretend_sm90(compiled: list) -> None:
     JITFunction.run = compile_only
     nvrtc.driver_call = lambda *_: None
     tuned.multiprocessors = lambda _: 132
-    for module in (triton_common, triton_matmul, triton_w4a8):
+    for module in (triton_common, triton_experts, triton_matmul, triton_w4a8):
         module.has_launch_overlap = lambda _: True
 
 
@@ -181,8 +205,9 @@ def compiled() -> list[dict]:
 def test_all_compile(compiled):
     names = {entry["kernel"] for entry in compiled}
     assert names == {
-        "_arrange_kernel", "_dequantize_kernel", "_fp8_rows_kernel", "_gemm_kernel",
-        "_matvec_kernel", "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
+        "_arrange_experts_kernel", "_arrange_kernel", "_dequantize_kernel", "_experts_grad_kernel",
+        "_experts_kernel", "_fp8_rows_kernel", "_gemm_kernel", "_matvec_kernel",
+        "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
     }  # fmt: skip
 
 

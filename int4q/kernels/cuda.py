@@ -171,3 +171,24 @@ symmetric_dequantized = _triton_kernel(
 symmetric_matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_matmul")
 symmetric_matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_matvec")
 symmetric_dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequant_w4_to_bf16")
+
+
+def _experts_unsupported(problem: Problem) -> str | None:
+    return _module("cuda_experts").unsupported(problem)
+
+
+decode_bmm = Kernel(
+    "cuda_experts", KernelPreference.CUDA, _experts_unsupported, _lazy("cuda_experts", "int4_bmm")
+)
+decode_grouped = Kernel(
+    "cuda_experts",
+    KernelPreference.CUDA,
+    _experts_unsupported,
+    _lazy("cuda_experts", "int4_grouped_mm"),
+)
+stream_bmm = _triton_kernel("gluon_experts", "gluon_experts", "int4_bmm")
+stream_grouped = _triton_kernel("gluon_experts", "gluon_experts", "int4_grouped_mm")
+bmm = _triton_kernel("triton_experts", "triton_experts", "int4_bmm")
+bmm_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_bmm_backward")
+grouped = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm")
+grouped_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm_backward")

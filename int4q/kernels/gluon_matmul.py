@@ -37,6 +37,7 @@ from int4q.kernels.gluon_tile import (
     fits_tma,
     group_layout,
     next_step,
+    of_expert,
     share_tile,
     spread_layout,
     spread_operand,
@@ -50,17 +51,17 @@ from int4q.kernels.triton_common import (
     load_groups,
     matched_groups,
     scaled,
-    tile_of,
     unpack_slot,
     unsupported_anywhere,
     wait_for_producer,
 )
+from int4q.kernels.triton_plan import locate
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def unsupported(problem) -> str | None:
-    """Why this kernel cannot (or should not) run ``problem``; ``None`` where it can."""
+def unsupported_at_any_m(problem) -> str | None:
+    """Why this kernel cannot run ``problem`` at any number of rows; ``None`` where it can."""
     reason = unsupported_anywhere(problem)
     if reason is not None:
         return reason
@@ -70,6 +71,13 @@ def unsupported(problem) -> str | None:
         return f"needs compute capability 9.x (wgmma), this device has {problem.capability}"
     if problem.dtype not in HALVES:
         return f"activation dtype must be bfloat16 or float16, not {problem.dtype}"
+    return None
+
+
+def unsupported(problem) -> str | None:
+    """Why this kernel cannot (or should not) run ``problem``; ``None`` where it can."""
+    if reason := unsupported_at_any_m(problem):
+        return reason
     if problem.M < tuned.GLUON_FROM_M:
         return f"M={problem.M}: a decode kernel is faster below M={tuned.GLUON_FROM_M}"
     if tuned.dequantizes(problem.M, problem.N, problem.K, problem.capability):
@@ -85,19 +93,21 @@ copy_box = tma.async_copy_global_to_shared
 
 @gluon.jit(do_not_specialize=["M"])
 def _stream_kernel(
-    words_desc,  # int16 [N, K/4] in boxes [BLOCK_N, BLOCK_J]
+    words_desc,  # int16 [N, K/4], or experts `pitch` rows apart, in boxes [BLOCK_N, BLOCK_J]
     arranged_desc,  # [4, M, K/4] in boxes [4, BLOCK_M, BLOCK_J], see triton_arrange.py
-    scale_ptr,  # [n_groups, N] by strides
-    zero_ptr,  # [n_groups, N] by strides, or unused
+    scale_ptr,  # [experts, n_groups, N] by strides
+    zero_ptr,  # [experts, n_groups, N] by strides, or unused
     bias_ptr,  # [N] or unused
     out_ptr,  # [M, N] contiguous
     partial_ptr,  # float32 [2 * programs, BLOCK_N, BLOCK_M], or unused
     counter_ptr,  # int32 [tiles], zeroed, or unused
-    M, N, K, n_groups, stride_sg, stride_sn, stride_zg, stride_zn,
+    plan_ptr,  # of the rows' experts, see triton_plan.py, or unused
+    M, N, K, n_groups, pitch, stride_se, stride_sg, stride_sn, stride_ze, stride_zg, stride_zn,
     GROUP_SIZE: gl.constexpr, SIGNED: gl.constexpr, HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr, STAGED_SCALES: gl.constexpr, STREAM: gl.constexpr,
-    STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr,
-    SPREAD: gl.constexpr, GROUP: gl.constexpr, num_warps: gl.constexpr,
+    EXPERTS: gl.constexpr, MIN_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    IN_FLIGHT: gl.constexpr, GROUP_M: gl.constexpr, SPREAD: gl.constexpr, GROUP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = words_desc.block_type.shape[0]
     BLOCK_J: gl.constexpr = words_desc.block_type.shape[1]
@@ -110,16 +120,24 @@ def _stream_kernel(
     BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
     steps = gl.cdiv(K, BLOCK_J * 4)
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
+    if EXPERTS:
+        wait_for_producer(True)
+        tiles = gl.load(plan_ptr) * tiles_n
+        programs = gl.minimum(programs, gl.maximum(tiles * steps // MIN_STEPS, 1))
     # Whole tiles pid, pid + programs, ... while they go round evenly; then an equal share of the
     # steps of the rest.
-    rounds = tiles_m * tiles_n // programs
+    rounds = tiles // programs
     whole = rounds * programs
-    base = (tiles_m * tiles_n - whole) * steps // programs
-    extra = (tiles_m * tiles_n - whole) * steps % programs
+    base = (tiles - whole) * steps // programs
+    extra = (tiles - whole) * steps % programs
     begin = pid * base + gl.minimum(pid, extra)
     end = begin + base + (pid < extra).to(gl.int32)
+    if EXPERTS:  # more programs than work
+        rounds = gl.where(pid < programs, rounds, 0)
+        end = gl.where(pid < programs, end, begin)
     total = rounds * steps + end - begin
     rest_tile = whole + begin // steps
     rest_step = begin % steps
@@ -146,45 +164,46 @@ def _stream_kernel(
     # Fill the ring: weights first, since only the activation depends on the kernel before.
     tile = first_tile
     step = first_step
-    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
         live = i < total
         mbarrier.expect(ready.index(i), BYTES, pred=live)
-        place = [tile_n * BLOCK_N, step * BLOCK_J]
+        place = [expert * pitch + tile_n * BLOCK_N, step * BLOCK_J]
         copy_box(words_desc, place, ready.index(i), words_smem.index(i), pred=live)
         if STAGED_SCALES:
             group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
             row0 = tile_n * BLOCK_N
             copy_groups(
-                scale_smem.index(i), scale_ptr, row0, group0, live, n_groups, N, stride_sg,
-                num_warps,
+                scale_smem.index(i), of_expert(scale_ptr, expert, stride_se), row0, group0,
+                live, n_groups, N, stride_sg, num_warps,
             )  # fmt: skip
             if HAS_ZERO:
                 copy_groups(
-                    zero_smem.index(i), zero_ptr, row0, group0, live, n_groups, N, stride_zg,
-                    num_warps,
+                    zero_smem.index(i), of_expert(zero_ptr, expert, stride_ze), row0, group0,
+                    live, n_groups, N, stride_zg, num_warps,
                 )  # fmt: skip
             async_copy.commit_group()
-        step, tile, tile_m, tile_n = next_step(
-            step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
-            GROUP_M,
+        step, tile, expert, tile_n, col = next_step(
+            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
         )  # fmt: skip
-    wait_for_producer(True)
+    if not EXPERTS:
+        wait_for_producer(True)
     tile = first_tile
     step = first_step
-    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    expert, tile_n, col, _ = locate(tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS)
     for i in gl.static_range(STAGES - 1):
-        place = [0, tile_m * BLOCK_M, step * BLOCK_J]
+        place = [0, col, step * BLOCK_J]
         copy_box(arranged_desc, place, ready.index(i), x_smem.index(i), pred=i < total)
-        step, tile, tile_m, tile_n = next_step(
-            step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
-            GROUP_M,
+        step, tile, expert, tile_n, col = next_step(
+            step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+            plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
         )  # fmt: skip
     if STAGED_SCALES:
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
 
-    count = 0  # steps done; the copies run STAGES - 1 ahead, at (step, tile, tile_m, tile_n)
+    count = 0  # steps done; the copies run STAGES - 1 ahead, at (step, tile)
     shared = gl.where(end > begin, (end - 1) // steps - begin // steps + 1, 0)
     for index in range(rounds + shared):
         work = pid + index * programs
@@ -194,15 +213,19 @@ def _stream_kernel(
             work = rest_tile + index - rounds
             low = gl.maximum(begin - (work - whole) * steps, 0)
             high = gl.minimum(end - (work - whole) * steps, steps)
-        work_m, work_n = tile_of(work, tiles_m, tiles_n, GROUP_M)
+        of_work, work_n, col0, last = locate(
+            work, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
+        )
+        scales = of_expert(scale_ptr, of_work, stride_se)
+        zeros = of_expert(zero_ptr, of_work, stride_ze)
         rows = work_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, GROUP))
         lane = gl.arange(0, GROUPS, gl.SliceLayout(0, GROUP))
         if not STAGED_SCALES:
             group = group_of_step(low, BLOCK_J * 4, GROUP_SIZE) + lane
-            next_scale = load_groups(scale_ptr, rows, group, n_groups, N, stride_sg, stride_sn)
+            next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
             next_zero = next_scale
             if HAS_ZERO:
-                next_zero = load_groups(zero_ptr, rows, group, n_groups, N, stride_zg, stride_zn)
+                next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
         acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
         for now in range(low, high):
             slot = count % STAGES
@@ -218,12 +241,10 @@ def _stream_kernel(
                 scale = gl.convert_layout(next_scale, gl.SliceLayout(2, SPREAD))
                 zero = gl.convert_layout(next_zero, gl.SliceLayout(2, SPREAD))
                 group = group_of_step(now + 1, BLOCK_J * 4, GROUP_SIZE) + lane
-                next_scale = load_groups(scale_ptr, rows, group, n_groups, N, stride_sg, stride_sn)
+                next_scale = load_groups(scales, rows, group, n_groups, N, stride_sg, stride_sn)
                 next_zero = next_scale
                 if HAS_ZERO:
-                    next_zero = load_groups(
-                        zero_ptr, rows, group, n_groups, N, stride_zg, stride_zn
-                    )
+                    next_zero = load_groups(zeros, rows, group, n_groups, N, stride_zg, stride_zn)
             scale = spread_operand(scale, WIDTH, OPERAND)
             zero = spread_operand(zero, WIDTH, OPERAND)
             for i in gl.static_range(4):
@@ -239,40 +260,42 @@ def _stream_kernel(
             free = (count + STAGES - 1) % STAGES
             live = count + STAGES - 1 < total
             mbarrier.expect(ready.index(free), BYTES, pred=live)
-            place = [tile_n * BLOCK_N, step * BLOCK_J]
+            row_n = tile_n * BLOCK_N
+            place = [expert * pitch + row_n, step * BLOCK_J]
             copy_box(words_desc, place, ready.index(free), words_smem.index(free), pred=live)
-            place = [0, tile_m * BLOCK_M, step * BLOCK_J]
+            place = [0, col, step * BLOCK_J]
             copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
             if STAGED_SCALES:
                 group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
                 copy_groups(
-                    scale_smem.index(free), scale_ptr, tile_n * BLOCK_N, group0, live, n_groups, N,
-                    stride_sg, num_warps,
+                    scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
+                    live, n_groups, N, stride_sg, num_warps,
                 )  # fmt: skip
                 if HAS_ZERO:
                     copy_groups(
-                        zero_smem.index(free), zero_ptr, tile_n * BLOCK_N, group0, live, n_groups,
-                        N, stride_zg, num_warps,
+                        zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
+                        group0, live, n_groups, N, stride_zg, num_warps,
                     )  # fmt: skip
                 async_copy.commit_group()
-            step, tile, tile_m, tile_n = next_step(
-                step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
-                GROUP_M,
+            step, tile, expert, tile_n, col = next_step(
+                step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
+                plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
             )  # fmt: skip
             count += 1
         result = warpgroup_mma_wait(0, deps=(acc,))
         row0 = work_n * BLOCK_N
-        col0 = work_m * BLOCK_M
         if STREAM:
             if (low == 0) & (high == steps):
-                finish_tile(result, row0, col0, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps)
+                finish_tile(
+                    result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps
+                )
             else:
                 share_tile(
                     result, work, whole, low, steps, base, extra, row0, col0, partial_ptr,
-                    counter_ptr, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps,
+                    counter_ptr, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps,
                 )  # fmt: skip
         else:
-            finish_tile(result, row0, col0, bias_ptr, out_ptr, M, N, MMA, HAS_BIAS, num_warps)
+            finish_tile(result, row0, col0, bias_ptr, out_ptr, last, N, MMA, HAS_BIAS, num_warps)
 
 
 # --- calls ------------------------------------------------------------------------------------
@@ -309,10 +332,11 @@ def _build(
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out if bias is None else bias.contiguous(), out, partial,
-        out if counters is None else counters,
-        M, N, K, K // group_size, *scale.stride(), *zero.stride(),
+        out if counters is None else counters, out,
+        M, N, K, K // group_size, 0, 0, *scale.stride(), 0, *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None, STAGED_SCALES=staged, STREAM=config.programs > 0,
+        EXPERTS=False, MIN_STEPS=1,
         STAGES=config.num_stages, IN_FLIGHT=config.in_flight, GROUP_M=config.group_m,
         SPREAD=spread_layout(config.block_n, config.num_warps, block_j, block_j // groups),
         GROUP=group_layout(config.block_n, config.num_warps, groups),

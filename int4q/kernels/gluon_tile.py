@@ -10,7 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from int4q.kernels.triton_common import store_transposed, tile_of, with_bias
+from int4q.kernels.triton_common import store_transposed, with_bias
+from int4q.kernels.triton_plan import locate
 
 # --- what the copy engines can read -----------------------------------------------------------
 
@@ -23,7 +24,10 @@ def fits_tma(words: Tensor) -> bool:
 def can_stage(scale: Tensor, zero: Tensor, N: int) -> bool:
     """Whether rows of scales can be copied 16 bytes at a time (``[n_groups, N]`` storage)."""
     return N % 16 == 0 and all(
-        t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 and t.itemsize == 2
+        t.stride(-1) == 1
+        and not any(s % 16 for s in t.stride()[:-1])
+        and t.data_ptr() % 16 == 0
+        and t.itemsize == 2
         for t in (scale, zero)
     )
 
@@ -94,8 +98,8 @@ def owner_of(step, base, extra):
 
 @gluon.jit
 def next_step(
-    step, tile, tile_m, tile_n, steps, whole, rest_tile, rest_step, tiles_m, tiles_n,
-    GROUP_M: gl.constexpr,
+    step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs, plan_ptr, M,
+    tiles_m, tiles_n, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr, EXPERTS: gl.constexpr,
 ):  # fmt: skip
     """The next step of this program: its whole tiles first, then its share of the rest."""
     step += 1
@@ -103,13 +107,21 @@ def next_step(
         step = 0
         if tile >= whole:
             tile += 1
-        elif tile + gl.num_programs(0) < whole:
-            tile += gl.num_programs(0)
+        elif tile + programs < whole:
+            tile += programs
         else:
             tile = rest_tile
             step = rest_step
-        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-    return step, tile, tile_m, tile_n
+        expert, tile_n, col, _ = locate(
+            tile, plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS
+        )
+    return step, tile, expert, tile_n, col
+
+
+@gluon.jit
+def of_expert(ptr, expert, stride):
+    """The part of ``expert`` in a stack."""
+    return ptr + expert.to(gl.int64) * stride
 
 
 @gluon.jit

@@ -42,6 +42,7 @@ class Problem:
         M, N, K: rows of the activation, out features, in features.
         group_size: weights that share a scale.
         capability: CUDA compute capability, ``None`` elsewhere.
+        experts: weights in the stack; M is then the rows of all of them together.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Problem:
     K: int
     group_size: int
     capability: tuple[int, int] | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 
 from __future__ import annotations
 
-from int4q.kernels import cpu, cuda, fbgemm, fp8, reference
+from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
 INT8_MAX_M = 8
@@ -58,6 +58,32 @@ register(
     cpu.blocked_grad,
     _reference(reference.grad_input),
 )
+
+# Stacks of weights. One weight after the other is the reference; each is routed as int4_linear is.
+ONE_BY_ONE = "one_by_one"
+register(
+    "int4_bmm",
+    cuda.decode_bmm,
+    cuda.stream_bmm,
+    cuda.bmm,
+    _reference(stack.bmm, ONE_BY_ONE),
+    fbgemm.rowwise_batched,
+)
+register("int4_bmm_backward", cuda.bmm_gradient, _reference(stack.bmm_backward, ONE_BY_ONE))
+register(
+    "int4_grouped_mm",
+    cuda.decode_grouped,
+    cuda.stream_grouped,
+    cuda.grouped,
+    _reference(stack.grouped_mm, ONE_BY_ONE),
+    Kernel("fbgemm_" + ONE_BY_ONE, KernelPreference.FBGEMM, fbgemm.unsupported, stack.grouped_mm),
+)
+register(
+    "int4_grouped_mm_backward",
+    cuda.grouped_gradient,
+    _reference(stack.grouped_mm_backward, ONE_BY_ONE),
+)
+
 register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
 register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(reference.dequantize))
 register(

@@ -17,6 +17,38 @@ from int4q.kernels.triton_launch import Call
 
 
 @triton.jit
+def zero_counters(counter_ptr, n_counters):
+    """Set ``counter [n_counters]`` to 0, shared by all programs."""
+    for begin in range(tl.program_id(0) * 256, n_counters, tl.num_programs(0) * 256):
+        entry = begin + tl.arange(0, 256)
+        tl.store(counter_ptr + entry, 0, mask=entry < n_counters)
+
+
+@triton.jit
+def arrange_tile(
+    x_ptr, pre_scale_ptr, arranged_ptr, M, K, quarter, stride_xm, stride_xk,
+    HAS_PRE_SCALE: tl.constexpr, ON_GPU: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """This program's ``[BLOCK_M, 4 * BLOCK_J]`` of x."""
+    tiles_j = tl.cdiv(quarter, BLOCK_J)
+    pid = tl.program_id(0)
+    j = (pid % tiles_j) * BLOCK_J + tl.arange(0, BLOCK_J)
+    m = (pid // tiles_j) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.arange(0, 4)
+    k = (4 * j[:, None] + slot[None, :])[None, :, :]
+    row = m.to(tl.int64)[:, None, None]
+    inside = (m < M)[:, None, None] & (j < quarter)[None, :, None]
+    x = tl.load(x_ptr + row * stride_xm + k.to(tl.int64) * stride_xk, mask=inside, other=0.0)
+    if HAS_PRE_SCALE:
+        factor = tl.load(pre_scale_ptr + k, mask=k < K, other=0.0)
+        product = x.to(tl.float32) * factor.to(tl.float32)
+        x = rounded(product, arranged_ptr.dtype.element_ty, ON_GPU)
+    target = (slot.to(tl.int64)[None, None, :] * M + row) * quarter + j[None, :, None]
+    tl.store(arranged_ptr + target, x, mask=inside)
+
+
+@triton.jit
 def _arrange_kernel(
     x_ptr,  # [M, K], strides below
     pre_scale_ptr,  # [K] or unused
@@ -31,24 +63,11 @@ def _arrange_kernel(
     wait_for_producer(PDL)
     if PDL:
         gdc_launch_dependents()
-    tiles_j = tl.cdiv(quarter, BLOCK_J)
-    pid = tl.program_id(0)
-    for begin in range(pid * 256, n_counters, tl.num_programs(0) * 256):
-        entry = begin + tl.arange(0, 256)
-        tl.store(counter_ptr + entry, 0, mask=entry < n_counters)
-    j = (pid % tiles_j) * BLOCK_J + tl.arange(0, BLOCK_J)
-    m = (pid // tiles_j) * BLOCK_M + tl.arange(0, BLOCK_M)
-    slot = tl.arange(0, 4)
-    k = (4 * j[:, None] + slot[None, :])[None, :, :]
-    row = m.to(tl.int64)[:, None, None]
-    inside = (m < M)[:, None, None] & (j < quarter)[None, :, None]
-    x = tl.load(x_ptr + row * stride_xm + k.to(tl.int64) * stride_xk, mask=inside, other=0.0)
-    if HAS_PRE_SCALE:
-        factor = tl.load(pre_scale_ptr + k, mask=k < K, other=0.0)
-        product = x.to(tl.float32) * factor.to(tl.float32)
-        x = rounded(product, arranged_ptr.dtype.element_ty, ON_GPU)
-    target = (slot.to(tl.int64)[None, None, :] * M + row) * quarter + j[None, :, None]
-    tl.store(arranged_ptr + target, x, mask=inside)
+    zero_counters(counter_ptr, n_counters)
+    arrange_tile(
+        x_ptr, pre_scale_ptr, arranged_ptr, M, K, quarter, stride_xm, stride_xk, HAS_PRE_SCALE,
+        ON_GPU, BLOCK_M, BLOCK_J,
+    )  # fmt: skip
 
 
 def arrange_activation(

@@ -64,6 +64,44 @@ def _step(
     return acc
 
 
+@triton.jit
+def accumulate(
+    arranged_ptr, words_ptr, scale_ptr, zero_ptr, rows, cols, live_m, low, high,
+    M, N, quarter, n_groups, stride_wn, stride_sg, stride_sn, stride_zg, stride_zn,
+    GROUP_SIZE: tl.constexpr, SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, ON_GPU: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 ``[rows, cols]`` of ``W @ x^T`` over the blocks ``low .. high - 1`` of K."""
+    DTYPE: tl.constexpr = arranged_ptr.dtype.element_ty
+    BLOCK_J: tl.constexpr = BLOCK_K // 4
+    GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP_SIZE)
+    WIDTH: tl.constexpr = min(BLOCK_K, GROUP_SIZE) // 4
+    live_n = rows < N
+    words_ptr += rows.to(tl.int64)[:, None] * stride_wn
+    lane = tl.arange(0, GROUPS)
+    offset = tl.arange(0, BLOCK_J)
+    # Triton does not pipeline these narrow strided loads, so they run one step ahead by hand.
+    first = group_of_step(low, BLOCK_K, GROUP_SIZE) + lane
+    next_scale = load_groups(scale_ptr, rows, first, n_groups, N, stride_sg, stride_sn)
+    next_zero = next_scale
+    if HAS_ZERO:
+        next_zero = load_groups(zero_ptr, rows, first, n_groups, N, stride_zg, stride_zn)
+    wait_for_producer(PDL)
+    acc = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+    for step in tl.range(low, high, num_stages=STAGES):
+        scale, zero = next_scale, next_zero
+        ahead = group_of_step(step + 1, BLOCK_K, GROUP_SIZE) + lane
+        next_scale = load_groups(scale_ptr, rows, ahead, n_groups, N, stride_sg, stride_sn)
+        next_zero = next_scale
+        if HAS_ZERO:
+            next_zero = load_groups(zero_ptr, rows, ahead, n_groups, N, stride_zg, stride_zn)
+        acc = _step(
+            acc, arranged_ptr, words_ptr, scale, zero, step * BLOCK_J + offset, cols,
+            live_m, live_n, M, quarter, WIDTH, SIGNED, HAS_ZERO, ON_GPU, DTYPE,
+        )  # fmt: skip
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
     arranged_ptr,  # [4, M, K/4] contiguous, see arrange_activation
@@ -80,10 +118,6 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = arranged_ptr.dtype.element_ty
-    BLOCK_J: tl.constexpr = BLOCK_K // 4
-    GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP_SIZE)
-    WIDTH: tl.constexpr = min(BLOCK_K, GROUP_SIZE) // 4
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // SPLIT_K
     split = tl.program_id(0) % SPLIT_K
@@ -94,29 +128,11 @@ def _gemm_kernel(
     steps = tl.cdiv(K, BLOCK_K)
     low = steps * split // SPLIT_K
     high = steps * (split + 1) // SPLIT_K
-    words_ptr += rows.to(tl.int64)[:, None] * stride_wn
-    lane = tl.arange(0, GROUPS)
-    offset = tl.arange(0, BLOCK_J)
-
-    # Triton does not pipeline these narrow strided loads, so they run one step ahead by hand.
-    first = group_of_step(low, BLOCK_K, GROUP_SIZE) + lane
-    next_scale = load_groups(scale_ptr, rows, first, n_groups, N, stride_sg, stride_sn)
-    next_zero = next_scale
-    if HAS_ZERO:
-        next_zero = load_groups(zero_ptr, rows, first, n_groups, N, stride_zg, stride_zn)
-    wait_for_producer(PDL)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in tl.range(low, high, num_stages=STAGES):
-        scale, zero = next_scale, next_zero
-        ahead = group_of_step(step + 1, BLOCK_K, GROUP_SIZE) + lane
-        next_scale = load_groups(scale_ptr, rows, ahead, n_groups, N, stride_sg, stride_sn)
-        next_zero = next_scale
-        if HAS_ZERO:
-            next_zero = load_groups(zero_ptr, rows, ahead, n_groups, N, stride_zg, stride_zn)
-        acc = _step(
-            acc, arranged_ptr, words_ptr, scale, zero, step * BLOCK_J + offset, cols,
-            live_m, live_n, M, quarter, WIDTH, SIGNED, HAS_ZERO, ON_GPU, DTYPE,
-        )  # fmt: skip
+    acc = accumulate(
+        arranged_ptr, words_ptr, scale_ptr, zero_ptr, rows, cols, live_m, low, high,
+        M, N, quarter, n_groups, stride_wn, stride_sg, stride_sn, stride_zg, stride_zn,
+        GROUP_SIZE, SIGNED, HAS_ZERO, ON_GPU, PDL, BLOCK_K, STAGES,
+    )  # fmt: skip
 
     if SPLIT_K == 1:
         acc = with_bias(acc, bias_ptr, rows, N, HAS_BIAS)

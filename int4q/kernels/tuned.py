@@ -213,6 +213,35 @@ def stream_rule(M: int, N: int, K: int, light_scales: bool, device: torch.device
     return StreamConfig(128, 256, 128, 8, 3, programs=sms, group_m=2)
 
 
+def experts_config(
+    T: int, E: int, N: int, K: int, light_scales: bool, device: torch.device
+) -> StreamConfig:
+    """Tile of the sm_90 kernel for ``T`` rows of a stack of ``E`` weights.
+
+    How the rows fall to experts is not known to the host, so the tile follows from the mean: wide
+    enough that most experts need one, since a second one reads the weight again.
+    """
+    sms = multiprocessors(device)
+    mean = T / E
+    if mean <= 6:
+        return StreamConfig(128, 8, 256, 4, 3, programs=2 * sms)
+    if mean <= 10:
+        return StreamConfig(128, 16, 256, 4, 3, programs=2 * sms)
+    if mean <= 24:
+        return StreamConfig(128, 32, 256, 4, 3, programs=2 * sms, group_m=4)
+    if mean <= 80:
+        return StreamConfig(128, 64, 128, 4, 4, programs=2 * sms, group_m=4)
+    if mean <= 400:
+        return StreamConfig(256, 128, 128, 8, 4, programs=sms, in_flight=2, group_m=8)
+    return StreamConfig(128, 256, 128, 8, 3, programs=sms, group_m=4)
+
+
+def experts_grad_config(T: int, E: int) -> MatmulConfig:
+    """Tile of the gradient through a stack: BLOCK_K columns of it, BLOCK_N summed at a time."""
+    block_m = 16 if T <= 16 * E else 64
+    return MatmulConfig(64, block_m, 128, num_warps=4, num_stages=1)
+
+
 def dequantize_config(N: int, K: int, device: torch.device | None = None) -> DequantizeConfig:
     """Tile of the dequantise kernel: block_n rows of block_h packed bytes."""
     return _tuned("dequantize", 0, N, K, True, device) or dequantize_rule(N, K)

@@ -47,7 +47,17 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size: int, dtype=None):
+def kernel(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype=None,
+    experts=1,
+):
     """The function that runs ``op`` on these shapes under the preference in force.
 
     ``x`` says the device and, unless ``dtype`` does, the dtype of the result.
@@ -55,6 +65,8 @@ def kernel(op: str, x: Tensor, scale: Tensor, M: int, N: int, K: int, group_size
     device = x.device
     capability = _capability(device.index) if device.type == "cuda" else None
     problem = (op, device.type, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
+    if experts != 1:
+        problem = (*problem, experts)
     return registry.route(registry.preference(), *problem).run
 
 

@@ -18,18 +18,17 @@ def _check_bmm(name, x, qdata, scale, zero_point, group_size, last) -> None:
     check_activation(name, x, qdata, last)
 
 
-def _batched(op: str, x, qdata, scale, zero_point, group_size, width):
-    y = x.new_empty((*x.shape[:-1], width))
-    N, K = qdata.shape[1], 2 * qdata.shape[2]
-    run = kernel(op, x, scale, x.shape[1], N, K, group_size)
-    for b in range(x.shape[0]):
-        y[b] = run(x[b], qdata[b], scale[b], zero_point[b], group_size)
-    return y
+def _run(op: str, x, qdata, scale, zero_point, group_size, *offs):
+    """The chosen kernel; M of the problem is the rows of all experts together."""
+    E, N, half = qdata.shape
+    M = x.numel() // max(1, x.shape[-1])
+    run = kernel(op, x, scale, M, N, 2 * half, group_size, experts=E)
+    return run(x, qdata, scale, zero_point, group_size, *offs)
 
 
 def _int4_bmm(x, qdata, scale, zero_point, group_size):
     _check_bmm("x", x, qdata, scale, zero_point, group_size, 2 * qdata.shape[-1])
-    return _batched("int4_linear", x, qdata, scale, zero_point, group_size, qdata.shape[1])
+    return _run("int4_bmm", x, qdata, scale, zero_point, group_size)
 
 
 def _int4_bmm_fake(x, qdata, scale, zero_point, group_size):
@@ -39,8 +38,7 @@ def _int4_bmm_fake(x, qdata, scale, zero_point, group_size):
 
 def _int4_bmm_backward(grad, qdata, scale, zero_point, group_size):
     _check_bmm("grad", grad, qdata, scale, zero_point, group_size, qdata.shape[1])
-    op, K = "int4_linear_backward", 2 * qdata.shape[2]
-    return _batched(op, grad, qdata, scale, zero_point, group_size, K)
+    return _run("int4_bmm_backward", grad, qdata, scale, zero_point, group_size)
 
 
 def _int4_bmm_backward_fake(grad, qdata, scale, zero_point, group_size):
@@ -65,28 +63,14 @@ def _check_grouped(name, x, qdata, scale, zero_point, group_size, offs, last) ->
             f"offs must be int32 [{qdata.shape[0]}], the end row of each expert",
             f"{offs.dtype} {errors.dims(offs.shape)}",
         )
-
-
-def _grouped(op: str, x, qdata, scale, zero_point, group_size, offs, width):
-    y = x.new_zeros((x.shape[0], width))
-    N, K = qdata.shape[1], 2 * qdata.shape[2]
-    start = 0
-    for expert, end in enumerate(offs.tolist()):
-        if not start <= end <= x.shape[0]:
-            raise errors.value(f"offs must rise from 0 to at most {x.shape[0]}", offs.tolist())
-        if end > start:
-            run = kernel(op, x, scale, end - start, N, K, group_size)
-            parts = qdata[expert], scale[expert], zero_point[expert]
-            y[start:end] = run(x[start:end], *parts, group_size)
-        start = end
-    return y
+    if offs.device != qdata.device:
+        raise errors.value(f"offs must be on the weight's device {qdata.device}", offs.device)
 
 
 def _int4_grouped_mm(x, qdata, scale, zero_point, group_size, offs):
     K = 2 * qdata.shape[-1]
     _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K)
-    args = (x, qdata, scale, zero_point, group_size, offs)
-    return _grouped("int4_linear", *args, qdata.shape[1])
+    return _run("int4_grouped_mm", x, qdata, scale, zero_point, group_size, offs)
 
 
 def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs):
@@ -97,8 +81,7 @@ def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs):
 
 def _int4_grouped_mm_backward(grad, qdata, scale, zero_point, group_size, offs):
     _check_grouped("grad", grad, qdata, scale, zero_point, group_size, offs, qdata.shape[1])
-    args = (grad, qdata, scale, zero_point, group_size, offs)
-    return _grouped("int4_linear_backward", *args, 2 * qdata.shape[2])
+    return _run("int4_grouped_mm_backward", grad, qdata, scale, zero_point, group_size, offs)
 
 
 def _int4_grouped_mm_backward_fake(grad, qdata, scale, zero_point, group_size, offs):

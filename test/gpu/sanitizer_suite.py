@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
-from int4q.kernels import cuda_small_batch
+from int4q.kernels import cuda_experts, cuda_small_batch, gluon_experts, triton_experts
 from int4q.kernels.cuda_small_batch import Config
 
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
@@ -22,6 +22,32 @@ def check(name, got, expected, bound):
     print(f"{name}: {error:.1e}")
     if not error < bound:
         raise SystemExit(f"{name} is wrong")
+
+
+def experts() -> None:
+    """Every kernel of a stack of weights: empty experts, one with many rows, rows of none."""
+    for ends, N, K in (((1, 1, 4, 7), 68, 160), ((0, 90, 90, 100), 136, 384)):
+        group_size = 128 if K % 128 == 0 else 32
+        T, offs = ends[-1] + 3, torch.tensor(ends, dtype=torch.int32, device="cuda")
+        x = torch.randn(T, K).bfloat16().cuda()
+        plain = Int4Tensor.from_hp(torch.randn(4, N, K).bfloat16(), [1, 1, group_size])
+        w = plain.dequantize(torch.float64).cuda()
+        exact = torch.zeros(T, N, dtype=torch.float64, device="cuda")
+        back = torch.zeros(T, K, dtype=torch.float64, device="cuda")
+        for expert, (low, high) in enumerate(zip((0, *ends), ends, strict=False)):
+            exact[low:high] = x[low:high].double() @ w[expert].t()
+            back[low:high] = exact[low:high].bfloat16().double() @ w[expert]
+        coalesced = CudaCoalescedInt4Tensor.from_int4_tensor(plain, torch.bfloat16)
+        for name, t in (("plain", plain.cuda()), ("coalesced", coalesced.cuda())):
+            parts = (*t._weight_parts(), group_size)
+            for run in (cuda_experts, gluon_experts, triton_experts):
+                y = run.int4_grouped_mm(x, *parts, offs)
+                check(f"{run.__name__} {name} T={T}", y, exact, 1e-2)
+            grad = exact.bfloat16()
+            y = triton_experts.int4_grouped_mm_backward(grad, *parts, offs)
+            check(f"gradient {name} T={T}", y, back, 1e-2)
+            batch = x[: T // 4 * 4].view(4, -1, K)
+            check(f"bmm {name}", torch.bmm(batch, t), batch.double() @ w.mT, 1e-2)
 
 
 def on_two_streams(x, weight):
@@ -39,6 +65,7 @@ def on_two_streams(x, weight):
 
 def main() -> None:
     torch.manual_seed(0)
+    experts()
     for M, N, K in SHAPES:
         group_size = 128 if K % 128 == 0 else 32
         w = torch.randn(N, K).bfloat16()

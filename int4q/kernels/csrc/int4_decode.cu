@@ -29,11 +29,20 @@
 //   MATVEC       1: build int4_matvec (M == 1, at the end of this file) instead of the above; it has ROW_BLOCK and UNROLL and
 //                ignores COALESCED, COL_TILES, SPLIT, FUSED, ROW_TILES and STAGES; SCALE_VEC there is 1 if the scales of
 //                ROW_BLOCK rows may be loaded as one vector (plain layout), else 0
+//   EXPERTS      1: a stack of weights, see "Experts"; else 0. With it BLOCK_ROWS, the rows of x that meet a weight at a time
+//
+// Experts. The rows of x are sorted by the weight ("expert") that they meet; `offs` holds each expert's end row. Only the device
+// knows it, so quantise_activations cuts the rows of every expert into blocks of at most BLOCK_ROWS and writes a plan of them,
+// and int4_decode shares the weight rows of all blocks evenly among a fixed number of CTAs. Each block has a table of its own.
 //
 // Split columns. An int32 sum may only run over a "unit": k that share a weight group and an activation scale. The matrix
 // instruction computes 8 columns whether they are used or not, so with few activation rows each row gets SPLIT columns, unit u
 // goes to column u % SPLIT (the others hold zeros there), and SPLIT units share an accumulator: the float32 work after the
 // integer sums, which would dominate for small groups, shrinks SPLIT-fold, and each thread applies one group's scale.
+
+#ifndef EXPERTS
+#define EXPERTS 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -59,6 +68,14 @@ struct Params {
     int bias_type, pre_type;  // dtype codes as X_TYPE
     int x_vector;             // 1: rows of x allow 16-byte loads
     int unused;
+#if EXPERTS
+    const int* offs;          // [experts], or null where all experts have rows_each rows
+    i64 qdata_expert;         // bytes from one expert's weights to the next one's
+    i64 scale_expert;         // elements
+    i64 tables;               // bytes from `table`, where the plan is, to the first block's table
+    i64 table_block;          // bytes of one block's table
+    int experts, rows_each, max_blocks, unused2;
+#endif
 };
 
 constexpr u32 FLIP = SYMMETRIC ? 0x88888888u : 0u;            // offset binary -> two's complement
@@ -286,6 +303,64 @@ __device__ __forceinline__ void quantise_step(const Params& p, const Table& t, i
     }
 }
 
+#if EXPERTS
+// The plan, at p.table: first the number of blocks, then for each the expert, its first row of x and the number of its rows.
+struct Place {
+    int expert, begin, end;   // the expert of a row (experts if it has none), and the rows of that expert
+    int first_block, blocks;  // the expert's first block, and the blocks of all experts
+};
+// Ends that fall, which no router gives, make a plan without sense, but never one that leads out of bounds.
+__device__ __forceinline__ int end_of(const Params& p, int e) {
+    int end = (e + 1) * p.rows_each;
+    if (p.offs && e >= 0) end = p.offs[e];
+    return e < 0 ? 0 : max(min(end, p.M), 0);
+}
+__device__ __forceinline__ int blocks_in(int begin, int end) { return (max(end - begin, 0) + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+// By a whole warp.
+__device__ __forceinline__ Place place_of(const Params& p, int row, int lane) {
+    int past_experts = 0, begin = 0, end = p.M, first_block = 0, blocks = 0;
+    for (int e = lane; e < p.experts; e += 32) {
+        const int from = end_of(p, e - 1), to = end_of(p, e), own = blocks_in(from, to);
+        const bool past = to <= row;
+        past_experts += past;
+        begin = max(begin, past ? to : 0);
+        end = min(end, past ? p.M : to);
+        first_block += past ? own : 0;
+        blocks += own;
+    }
+    Place found;
+    found.expert = __reduce_add_sync(~0u, past_experts);
+    found.begin = __reduce_max_sync(~0u, begin);
+    found.end = __reduce_min_sync(~0u, end);
+    found.first_block = __reduce_add_sync(~0u, first_block);
+    found.blocks = min(__reduce_add_sync(~0u, blocks), p.max_blocks);
+    return found;
+}
+
+// Grid: enough warps for M * steps, one (row, step) each. Rows of no expert get zeros as their result.
+extern "C" __global__ void quantise_activations(const __grid_constant__ Params p) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int steps = (p.K + STEP_K - 1) / STEP_K;
+    const int unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    if (unit >= steps * p.M) return;
+    const int row = unit / steps, step = unit - row * steps;
+    float f[8];
+    load_octet(p, row, step * STEP_K + lane * 8, f);
+    const Place place = place_of(p, row, lane);
+    int4* plan = (int4*)p.table;
+    if (unit == 0 && lane == 0) plan[0] = make_int4(place.blocks, 0, 0, 0);
+    if (place.expert >= p.experts) {
+        const int first = (i64)p.N * step / steps, end = (i64)p.N * (step + 1) / steps;
+        for (int n = first + lane; n < end; n += 32) store_from_float(p.out, (i64)row * p.N + n, 0.f);
+        return;
+    }
+    const int block = place.first_block + (row - place.begin) / BLOCK_ROWS, m = (row - place.begin) % BLOCK_ROWS;
+    if (block >= p.max_blocks) return;
+    if (m == 0 && step == 0 && lane == 0) plan[1 + block] = make_int4(place.expert, row, min(BLOCK_ROWS, place.end - row), 0);
+    quantise_step(p, table_at(p.table + p.tables + block * p.table_block, steps), m, step, lane, f);
+}
+#else
 // Grid: enough warps for M * steps, one (row, step) each.
 extern "C" __global__ void quantise_activations(const __grid_constant__ Params p) {
     launch_dependents();
@@ -298,6 +373,7 @@ extern "C" __global__ void quantise_activations(const __grid_constant__ Params p
     load_octet(p, m, step * STEP_K + lane * 8, f);
     quantise_step(p, table_at(p.table, steps), m, step, lane, f);
 }
+#endif
 
 // ------------------------------------------------------------------------------------------------------------------
 // The product.
@@ -315,24 +391,45 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     const int i8 = lane >> 2, t4 = lane & 3;
     const int steps = (p.K + STEP_K - 1) / STEP_K;
     const int cta = blockIdx.x;
+#if EXPERTS
+    // The weight rows of all blocks, one block after the other, are dealt out evenly: from `first_row` of block `load_block` to
+    // `last_end` of `last_block`. (p.units_per_cta: units of one block.)
+    launch_dependents();
+    const int4* plan = (const int4*)p.table;
+    wait_for_previous_kernel();
+    const i64 units = (i64)plan[0].x * p.units_per_cta;
+    const i64 first_unit = units * cta / gridDim.x, end_unit = units * (cta + 1) / gridDim.x;
+    if (first_unit >= end_unit) return;
+    int load_block = (int)(first_unit / p.units_per_cta);
+    const int last_block = (int)((end_unit - 1) / p.units_per_cta);
+    int first_row = (int)(first_unit - (i64)load_block * p.units_per_cta) * p.row_unit;
+    const int last_end = min((int)(end_unit - (i64)last_block * p.units_per_cta) * p.row_unit, p.N);
+    int end_row = load_block == last_block ? last_end : p.N;
+    const auto expert_of = [&](int block) { return min((u32)plan[1 + block].x, p.experts - 1u); };  // always one of them
+    const int expert = expert_of(load_block), first_block = load_block;
+#else
     const int first_row = (cta * p.units_per_cta + min(cta, p.extra_units)) * p.row_unit;
     const int end_row = min(first_row + (p.units_per_cta + (cta < p.extra_units)) * p.row_unit, p.N);
+    const int expert = 0;
+#endif
     const u32 shared_address = (u32)__cvta_generic_to_shared(shared);
     const u32 ring = warp * RING_BYTES;                           // offsets into `shared`
     float* partial = (float*)(shared + WARPS * RING_BYTES);       // [2][WARPS][ROWS][SUMS]
+#if !EXPERTS
     launch_dependents();
+#endif
 
     // Producer: copies this warp's next (tile, step), WARPS steps after the one before it. A lane copies the same 16-byte chunk
     // of rows copy_row, copy_row + 4, ..., and a few scales; its pointers move along, rather than being computed anew.
     const int copy_chunk = lane & 7, copy_row = lane >> 3;
     const int chunk_steps = ((p.K >> 5) - copy_chunk + 7) >> 3;   // steps in which the lane's chunk lies inside K
     int load_step = warp, rows_left = end_row - first_row;
-    const char* weights = p.qdata + (first_row + copy_row) * p.qdata_row + warp * 128 + copy_chunk * 16;
+    const char* weights;
     const i64 weights_jump = ROWS * p.qdata_row - steps * 128;    // from past the end of a row tile to the next tile
     constexpr int PIECES = SCALE_VEC ? 2 * TENSOR_BYTES / SCALE_VEC : 0;  // copies of scales and zero points in one stage
     constexpr int SCALE_COPIES = (PIECES + 31) / 32;
     const char* scales_from[SCALE_COPIES + 1];
-    int scale_row[SCALE_COPIES + 1], scale_steps[SCALE_COPIES + 1];
+    int scale_row[SCALE_COPIES + 1], scale_group[SCALE_COPIES + 1], scale_steps[SCALE_COPIES + 1];
     const i64 scales_step = GROUPS * p.scale_group * SCALE_BYTES;
     const i64 scales_jump = ROWS * p.scale_row * SCALE_BYTES - steps * scales_step;
     #pragma unroll
@@ -340,12 +437,25 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         // a line is what is adjacent in memory: the groups of one row, or the rows of one group
         constexpr int LINE = (COALESCED ? GROUPS : ROWS) * SCALE_BYTES / (SCALE_VEC ? SCALE_VEC : 1);
         const int e = j * 32 + lane, piece = e % (PIECES / 2), line = piece / LINE, at = piece % LINE * SCALE_VEC / SCALE_BYTES;
-        const int group = COALESCED ? at : line;
+        scale_group[j] = COALESCED ? at : line;
         scale_row[j] = COALESCED ? line : at;
-        scale_steps[j] = (p.K / GROUP - group + GROUPS - 1) / GROUPS;
-        const i64 element = (first_row + scale_row[j]) * p.scale_row + (warp * GROUPS + group) * p.scale_group;
-        scales_from[j] = (e < PIECES / 2 ? p.scale : p.zero_point) + element * SCALE_BYTES;
+        scale_steps[j] = (p.K / GROUP - scale_group[j] + GROUPS - 1) / GROUPS;
     }
+    auto point_at = [&](int expert, int row) {                    // the copies at `load_step` of the tile that begins at `row`
+        weights = p.qdata + (row + copy_row) * p.qdata_row + load_step * 128 + copy_chunk * 16;
+#if EXPERTS
+        weights += expert * p.qdata_expert;
+#endif
+        #pragma unroll
+        for (int j = 0; j < SCALE_COPIES; j++) {
+            i64 element = (row + scale_row[j]) * p.scale_row + (load_step * GROUPS + scale_group[j]) * p.scale_group;
+#if EXPERTS
+            element += expert * p.scale_expert;
+#endif
+            scales_from[j] = (j * 32 + lane < PIECES / 2 ? p.scale : p.zero_point) + element * SCALE_BYTES;
+        }
+    };
+    point_at(expert, first_row);
     auto issue = [&](u32 stage) {
         while (load_step >= steps) {
             load_step -= steps;
@@ -353,6 +463,13 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
             weights += weights_jump;
             #pragma unroll
             for (int j = 0; j < SCALE_COPIES; j++) scales_from[j] += scales_jump;
+#if EXPERTS
+            if (rows_left <= 0 && load_block < last_block) {
+                load_block++;
+                rows_left = load_block == last_block ? last_end : p.N;
+                point_at(expert_of(load_block), 0);
+            }
+#endif
         }
         const int rows_here = load_step < chunk_steps ? rows_left - copy_row : 0;
         const char* from = weights;
@@ -377,8 +494,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) issue(ring + i * STAGE_BYTES);
 
+#if !EXPERTS
     // Weights do not depend on the kernel before this one; activations do.
     wait_for_previous_kernel();
+#endif
 #if FUSED
     const Table table = table_at(shared + WARPS * RING_BYTES + PARTIAL_BYTES, steps);
     constexpr int BATCH = 4;  // loads in flight
@@ -393,19 +512,32 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         }
     __syncthreads();
 #else
-    const Table table = table_at(p.table, steps);
+    Table table = table_at(p.table, steps);
 #endif
 
     // A thread holds, per column tile and weight row, EACH sums: one limb pair, or two columns. Columns past the last one hold
     // nothing that is used.
     constexpr int EACH = 3 - LIMBS;
-    const char* x_lane = table.values + lane * 16;
     const int sum0 = t4 * EACH;                                                      // its first sum in column tile 0
-    const float* factors_lane = table.factors + (sum0 / SPLIT) * FACTORS + (SPLIT > 1 ? sum0 % SPLIT * 2 : 0);
     const int matrix_row = (lane & 7) * (2 * ROW_TILES) + ((lane >> 3) & 1), matrix_chunk = lane >> 4;
 
     int step = warp, buffer = 0, turn = warp;
     u32 stage = ring, last_stage = ring + (STAGES - 1) * STAGE_BYTES;
+    [[maybe_unused]] const char *scale_base = p.scale, *zero_base = p.zero_point;
+    int x_rows = p.M, x_row0 = 0;                                                    // rows of x, and the first one
+#if EXPERTS
+    for (int block = first_block; block <= last_block; block++) {
+    const int4 entry = plan[1 + block];
+    const int stacked = expert_of(block);
+    if (block > first_block) first_row = 0;
+    end_row = block == last_block ? last_end : p.N;
+    x_row0 = min((u32)entry.y, (u32)p.M), x_rows = min((u32)entry.z, min((u32)BLOCK_ROWS, (u32)(p.M - x_row0)));
+    table = table_at(p.table + p.tables + block * p.table_block, steps);
+    scale_base = p.scale + stacked * p.scale_expert * SCALE_BYTES;
+    zero_base = p.zero_point + stacked * p.scale_expert * SCALE_BYTES;
+#endif
+    const char* x_lane = table.values + lane * 16;
+    const float* factors_lane = table.factors + (sum0 / SPLIT) * FACTORS + (SPLIT > 1 ? sum0 % SPLIT * 2 : 0);
     for (int tile_row = first_row; tile_row < end_row; tile_row += ROWS) {
         float acc[ROW_TILES][COL_TILES][2][EACH];
         #pragma unroll
@@ -467,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                         const i64 at = row * p.scale_row + group * p.scale_group;
                         #pragma unroll
                         for (int z = 0; z < 2; z++) {
-                            const char* base = z ? p.zero_point : p.scale;
+                            const char* base = z ? zero_base : scale_base;
                             raw[z][r][b][g] = !inside ? 0 : SCALE_BYTES == 4 ? ((const u32*)base)[at] : ((const u16*)base)[at];
                         }
                     }
@@ -615,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                     for (int i = 0; i < EACH; i++)
                         mine[(i8 * (2 * ROW_TILES) + 2 * r + b) * SUMS + n * (8 / LIMBS) + sum0 + i] = acc[r][n][b][i];
         __syncthreads();
-        for (int i = turn * 32 + lane; i < ROWS * p.M; i += WARPS * 32) {
+        for (int i = turn * 32 + lane; i < ROWS * x_rows; i += WARPS * 32) {
             const int m = i / ROWS, row = tile_row + i % ROWS;
             if (row < end_row) {
                 const float* from = partial + buffer * WARPS * (ROWS * SUMS) + i % ROWS * SUMS + m * SPLIT;
@@ -625,12 +757,15 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                     #pragma unroll
                     for (int j = 0; j < SPLIT; j++) sum += from[w * (ROWS * SUMS) + j];
                 if (p.bias) sum += load_as_float(p.bias, row, p.bias_type);
-                store_from_float(p.out, (i64)m * p.N + row, sum);
+                store_from_float(p.out, (i64)(x_row0 + m) * p.N + row, sum);
             }
         }
         buffer ^= 1;
         turn = (turn + 1) % WARPS;  // the few rows of a small M fall to another warp next time
     }
+#if EXPERTS
+    }
+#endif
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 #else  // MATVEC
