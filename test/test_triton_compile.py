@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def jobs():
         found.append((f"gluon {name}", linear(gluon_matmul.int4_linear, 64, 4096, 4096, **more)))
     for M in (1, 16, 64, 256):
         found.append((f"triton M={M}", linear(triton_matmul.int4_linear, M, 4096, 4096, 128)))
+    for M in (16, 32, 64, 256):
+        args = empty(M, 4096, dtype=torch.float32), empty(4096, 2048, dtype=torch.uint8)
+        scales = empty(128, 4096, dtype=torch.float32)
+        job = partial(triton_matmul.linear_q4gsw, *args, scales, 32, scales[0])
+        found.append((f"q4gsw M={M}", job))
     packed, by_row = empty(4096, 2048, dtype=torch.int8), empty(4096, 32)
     x = empty(16, 4096)
     found += [

@@ -80,7 +80,12 @@ def _decode_unsupported(problem: Problem) -> str | None:
 
 
 def grad_input(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    grad: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    signed: bool = True,
 ) -> Tensor:
     """:func:`reference.grad_input` by dequantising slices of rows, summed in float32."""
     dtype = reference.compute_dtype(grad, scale)
@@ -90,12 +95,18 @@ def grad_input(
     total = None
     for start in range(0, N, step):
         rows = slice(start, start + step)
-        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        zero = None if zero_point is None else zero_point[:, rows]
+        w = dequantize(qdata[rows], scale[:, rows], zero, group_size, dtype, signed)
         part = grad[:, rows].to(dtype) @ w
         if step >= N:
             return part.to(grad.dtype)
         total = part.float() if total is None else total.add_(part)
     return grad.new_zeros((grad.shape[0], K)) if total is None else total.to(grad.dtype)
+
+
+def _q4gsw_grad(grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int) -> Tensor:
+    weight = weights.view(torch.int8), weight_scales, None, group_size
+    return grad_input(grad, *weight, signed=False)
 
 
 decode = Kernel(
@@ -134,3 +145,9 @@ symmetric_dequantized = _triton_kernel(
 symmetric_matmul = _triton_kernel("triton_matmul", "triton_matmul", "int4_matmul")
 symmetric_matvec = _triton_kernel("triton_matvec", "triton_matvec", "int4_matvec")
 symmetric_dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "dequant_w4_to_bf16")
+
+q4gsw_matvec = _triton_kernel("triton_matvec", "triton_matvec", "linear_q4gsw")
+q4gsw_matmul = _triton_kernel("triton_matmul", "triton_matmul", "linear_q4gsw")
+q4gsw_gradient = Kernel(
+    gradient.name, KernelPreference.TRITON, gradient.unsupported, on_its_device(_q4gsw_grad)
+)
