@@ -2,8 +2,8 @@
 
 They take the plain layout as it is stored: ``qdata`` int8 ``[N, K/2]`` (signed or offset-binary
 nibbles, even k low), ``scale`` and ``zero_point`` indexed ``[n_groups, N]`` with any strides, so
-no packed copy of a weight is made. The library is optional: :func:`load` and :func:`unsupported` say why it
-cannot be used, and nothing is loaded before the first of them is called.
+no packed copy of a weight is made. The library is optional: :func:`load` and :func:`unsupported`
+say why it cannot be used, and nothing is loaded before the first of them is called.
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ def linear_q4gsw(
         weights: uint8 ``[N, K/2]``, offset-binary nibbles.
         weight_scales: ``[K/group_size, N]``.
     """
-    # Fragments of float32 take twice the registers: 64 rows of the weight on 8 warps do not spill.
+    # Fragments of float32 take twice the registers: smaller tiles on 8 warps do not spill.
     config = tuned.matmul_config(x.shape[0], weights.shape[0], x.shape[1], x.device)
-    config = replace(config, block_n=64, num_warps=8)
+    config = replace(config, block_n=64, block_m=min(config.block_m, 64), block_k=64, num_warps=8)
     weight = weights.view(torch.int8), weight_scales, None, group_size
     return _matmul(x, *weight, bias, None, signed=False, config=config)
