@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from int4q import errors, qparams
 from int4q.kernels import reference
-from int4q.packing import offset_to_signed, signed_to_offset
+from int4q.packing import offset_to_signed, signed_to_offset, symmetric_parts
 from int4q.tensor import Int4Tensor
 from int4q.tensor.base import Int4TensorBase
 
@@ -91,26 +91,7 @@ def from_int4_tensor(t: Int4TensorBase, bias: Tensor | None = None) -> Q4gsw:
         ValueError: a zero point is not 0, ``t`` is a stack or transposed, or has an
             ``act_pre_scale``, which the op cannot hold.
     """
-    if not isinstance(t, Int4TensorBase):
-        raise errors.type_("t must be a 4-bit weight of int4q", type(t).__name__)
-    t = t.to_int4_tensor()
-    if t.ndim != 2 or t.grouped_dim != 1:
-        raise errors.value(
-            "t must be [N, K] with groups along K",
-            f"{errors.dims(t.shape)} with block_size {t.block_size}",
-        )
-    if t.act_pre_scale is not None:
-        raise errors.value(
-            "t must have no act_pre_scale", "one", "Multiply the activations by it instead"
-        )
-    if bool(t.zero_point.any()):
-        raise errors.value(
-            "a symmetric weight has zero points of 0",
-            "others",
-            'Quantise with Int4Tensor.from_hp(w, block_size, algorithm="symmetric")',
-        )
-    packed = signed_to_offset(t.qdata).view(torch.uint8)
-    return Q4gsw(packed, t.scale, t.group_size, _float32(bias))
+    return Q4gsw(*symmetric_parts(t), _float32(bias))
 
 
 @torch.no_grad()
