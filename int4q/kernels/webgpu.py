@@ -258,18 +258,17 @@ class WebGPULinear:
         steps = []
         for chunk in self._chunks:
             y = gpu.buffer(size=4 * rows * chunk.columns)
-            facts = rows, chunk.columns, chunk.padded_columns, self.padded_k // BLOCK_K
-            shape = gpu.uniform(np.array(facts, np.uint32))
-            entries = [
-                {"binding": i, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
-                for i, buffer in enumerate((x, *chunk.buffers, y, shape))
-            ]
-            group = gpu.device.create_bind_group(layout=gpu.bindings, entries=entries)
-            steps.append((chunk, y, group))
+            steps.append((chunk, y, self.bind(chunk, rows, x, y)))
         plan = self._plans[rows] = _Plan(rows, x, tuple(steps))
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
+
+    def bind(self, chunk: _Chunk, rows: int, x, y):
+        """The bind group of one chunk of columns, with x and y in these buffers."""
+        facts = rows, chunk.columns, chunk.padded_columns, self.padded_k // BLOCK_K
+        shape = self.gpu.uniform(np.array(facts, np.uint32))
+        return self.gpu.bind_group((x, *chunk.buffers, y, shape))
 
     def encode(self, work, plan: _Plan) -> None:
         """Add this layer's dispatches to a compute pass: ``plan.x`` in, each step's y out."""

@@ -77,6 +77,14 @@ class Gpu:
             ]
         )
 
+    def bind_group(self, buffers):
+        """``buffers`` in the order of :attr:`bindings`, each as a whole."""
+        entries = [
+            {"binding": i, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
+            for i, buffer in enumerate(buffers)
+        ]
+        return self.device.create_bind_group(layout=self.bindings, entries=entries)
+
     @functools.cached_property
     def _layout(self):
         return self.device.create_pipeline_layout(bind_group_layouts=[self.bindings])

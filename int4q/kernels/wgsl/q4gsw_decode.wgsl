@@ -11,6 +11,7 @@ override GROUP_SIZE: u32;  // 8, 16, or a multiple of 32
 
 const THREADS = 64u;
 const COLUMNS = 8u;
+const PARTS = THREADS / COLUMNS;
 const X_STRIDE = THREADS + 1u;   // shared rows lie apart so that no two threads meet in a bank
 const SUM_STRIDE = THREADS + 8u;
 
@@ -73,7 +74,7 @@ fn scale_of(eighth: u32, at: u32) -> vec4<f32> {
   return vec4<f32>(scales[(eighth / (GROUP_SIZE / 8u)) * (shape.padded_columns / 4u) + at]);
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let row = group.y;
   let n = group.x * COLUMNS;
@@ -135,10 +136,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   sums[7u * SUM_STRIDE + thread] = second.w;
   workgroupBarrier();
 
-  // 8 threads a column add 8 sums each, then one thread a column adds those.
-  let own = (thread / 8u) * SUM_STRIDE + thread % 8u;
+  // PARTS threads a column add every PARTS-th sum, then one thread a column adds those.
+  let own = (thread / PARTS) * SUM_STRIDE + thread % PARTS;
   var part = sums[own];
-  for (var i = 8u; i < THREADS; i += 8u) {
+  for (var i = PARTS; i < THREADS; i += PARTS) {
     part += sums[own + i];
   }
   workgroupBarrier();
@@ -146,8 +147,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   workgroupBarrier();
   if (thread < COLUMNS && n + thread < shape.columns) {
     var total = bias[at + thread / 4u][thread % 4u];
-    for (var i = 0u; i < 8u; i++) {
-      total += sums[8u * thread + i];
+    for (var i = 0u; i < PARTS; i++) {
+      total += sums[PARTS * thread + i];
     }
     y[row * shape.columns + n + thread] = total;
   }
