@@ -30,16 +30,9 @@ struct Shape {
 var<workgroup> tile_x: array<vec4<Tile>, TILE_K * QUADS>;  // [k, m/4]
 var<workgroup> tile_w: array<vec4<Tile>, TILE_K * QUADS>;  // [k, n/4]
 
-// x of 4 rows and 4 k, rows past M as 0.
-fn load_x(row: u32, k: u32) -> mat4x4<f32> {
-  let stride = 8u * shape.blocks;
-  var block = mat4x4<f32>();
-  for (var i = 0u; i < 4u; i++) {
-    if (row + i < shape.rows) {
-      block[i] = x[(row + i) * stride + k / 4u];
-    }
-  }
-  return block;
+// Four k of a row of x; rows past M repeat the last one, and are not stored.
+fn load_x(row: u32, k: u32) -> vec4<f32> {
+  return x[min(row, shape.rows - 1u) * 8u * shape.blocks + k / 4u];
 }
 
 // Four values u - 8 of column n from k on.
@@ -64,7 +57,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let quad = thread % QUADS;
   let eighth = thread / QUADS;
   // What this thread brings in: 4 rows of x and 4 columns of the weight, 4 k each. Columns past N
-  // repeat the last ones; they are not stored.
+  // repeat the last ones.
   let source_m = group.y * TILE + 4u * quad;
   let source_n = min(group.x * TILE + 4u * quad, shape.padded_columns - 4u);
   let slot = 4u * eighth * QUADS + quad;
@@ -82,15 +75,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
   for (var begin = 0u; begin < TILE_K * shape.blocks; begin += TILE_K) {
     let k = begin + 4u * eighth;
-    let rows = transpose(load_x(source_m, k));
+    let rows = transpose(mat4x4<f32>(load_x(source_m, k), load_x(source_m + 1u, k),
+                                     load_x(source_m + 2u, k), load_x(source_m + 3u, k)));
     let scale = vec4<f32>(scales[(k / GROUP_SIZE) * (shape.padded_columns / 4u) + source_n / 4u]);
     let columns = transpose(mat4x4<f32>(load_q(source_n, k), load_q(source_n + 1u, k),
                                         load_q(source_n + 2u, k), load_q(source_n + 3u, k)));
     workgroupBarrier();
-    for (var i = 0u; i < 4u; i++) {
-      tile_x[slot + i * QUADS] = vec4<Tile>(rows[i]);
-      tile_w[slot + i * QUADS] = vec4<Tile>(columns[i] * scale);
-    }
+    tile_x[slot] = vec4<Tile>(rows[0]);
+    tile_x[slot + QUADS] = vec4<Tile>(rows[1]);
+    tile_x[slot + 2u * QUADS] = vec4<Tile>(rows[2]);
+    tile_x[slot + 3u * QUADS] = vec4<Tile>(rows[3]);
+    tile_w[slot] = vec4<Tile>(columns[0] * scale);
+    tile_w[slot + QUADS] = vec4<Tile>(columns[1] * scale);
+    tile_w[slot + 2u * QUADS] = vec4<Tile>(columns[2] * scale);
+    tile_w[slot + 3u * QUADS] = vec4<Tile>(columns[3] * scale);
     workgroupBarrier();
     for (var i = 0u; i < TILE_K; i++) {
       let a = vec4<f32>(tile_x[i * QUADS + 2u * eighth]);
