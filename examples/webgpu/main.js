@@ -71,7 +71,7 @@ async function runAll({ manifest, data, encoder }) {
 }
 
 const scientific = (value) => value.toExponential(1);
-const megabytes = (value) => `${(value / 1e6).toFixed(1)} MB`;
+const megabytes = (value) => `${(value / 1e6).toFixed(1)}\u00a0MB`;
 
 function showSentences(results) {
   const list = element("sentences");

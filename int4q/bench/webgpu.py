@@ -10,6 +10,7 @@ are one submission. ``serial``: each call waits for the one before, as the layer
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -98,22 +99,22 @@ def copy_gb_s(clock: Clock) -> float:
     return 2 * size / clock.per_call(encode) / 1e9
 
 
-def decode_row(clock: Clock, name: str, group_size: int) -> dict:
+def decode_row(clock: Clock, name: str, group_size: int, precision: str = "float32") -> dict:
     """One layer: microseconds a call and GB/s of the bytes it must read and write."""
     gpu = clock.gpu
     K, N = SHAPES[name]
     g = torch.Generator().manual_seed(0)
     weights = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, generator=g)
     scales = (torch.rand(K // group_size, N, generator=g) + 0.1) / 64
-    first = WebGPULinear(weights, scales, group_size, gpu=gpu)
+    options = {"gpu": gpu, "precision": precision}
+    first = WebGPULinear(weights, scales, group_size, **options)
     copies = max(2, math.ceil(COLD_BYTES / first.nbytes))
-    layers = [
-        first,
-        *(WebGPULinear(weights, scales, group_size, gpu=gpu) for _ in range(copies - 1)),
-    ]
-    _check(first, (weights, scales, group_size), 1, TOLERANCE["float32"])
+    others = (WebGPULinear(weights, scales, group_size, **options) for _ in range(copies - 1))
+    layers = [first, *others]
+    _check(first, (weights, scales, group_size), 1, TOLERANCE[precision])
     read = first.nbytes + 4 * (K + N)
-    row = {"layer": name, "K": K, "N": N, "group_size": group_size, "copies": copies}
+    row = {"layer": name, "K": K, "N": N, "group_size": group_size,
+           "precision": precision, "copies": copies}  # fmt: skip
     pipeline = gpu.pipeline("q4gsw_decode", group_size, first.scale, first.tile)
     shared = gpu.buffer(size=4 * N)
     for kind in ("serial", "overlapped"):
@@ -164,8 +165,9 @@ def _check(layer: WebGPULinear, weight: tuple, rows: int, tolerance: float) -> N
 def measure(gpu: Gpu) -> dict:
     """Everything, as written to the JSON file."""
     clock = Clock(gpu)
-    rows = [decode_row(clock, name, group) for name in SHAPES for group in GROUPS]
     precisions = ["float32"] + ["float16"] * gpu.has_f16
+    cases = itertools.product(precisions, SHAPES, GROUPS)
+    rows = [decode_row(clock, name, group, precision) for precision, name, group in cases]
     return {
         "adapter": gpu.name,
         "int4q": int4q.__version__,
@@ -181,11 +183,12 @@ def markdown(result: dict) -> str:
     lines = [
         f"{result['adapter']}; copy shader {copy:.0f} GB/s (bytes read and written).",
         "",
-        "| layer | K -> N | group | serial us | GB/s | of copy | overlapped us | GB/s | of copy |",
-        "|---" * 9 + "|",
+        "| layer | K -> N | group | precision | serial us | GB/s | of copy "
+        "| overlapped us | GB/s | of copy |",
+        "|---" * 10 + "|",
     ]
     for row in result["rows"]:
-        cells = [row["layer"], f"{row['K']} -> {row['N']}", row["group_size"]]
+        cells = [row["layer"], f"{row['K']} -> {row['N']}", row["group_size"], row["precision"]]
         for kind in ("serial", "overlapped"):
             rate = row[f"{kind}_gb_s"]
             cells += [f"{row[f'{kind}_us']:.1f}", f"{rate:.0f}", f"{rate / copy:.0%}"]

@@ -4,8 +4,9 @@
 // side, 16 weights (8 bytes) of each of the 8 columns at a time. Wider loads were slower: they pull
 // the threads' parts of x (through the cache, shared by 8 columns) further apart.
 //
-// Before this file the host puts `alias Scale = f32;`, or `enable f16; alias Scale = f16;`.
-// It pads: K to 32 (with u = 8, so that the value is 0), N to 8.
+// Before this file the host puts `alias Scale = f32;`, or `enable f16; alias Scale = f16;`, and
+// q4gsw_dot_f32.wgsl or q4gsw_dot_f16.wgsl. It pads: K to 32 (with u = 8, so that the value is 0),
+// N to 8.
 
 override GROUP_SIZE: u32;  // 8, 16, or a multiple of 32
 
@@ -29,37 +30,6 @@ struct Shape {
 
 var<workgroup> sums: array<vec4<f32>, 2u * THREADS>;  // [quad of columns, thread]
 
-// A nibble at bit 4 i of the bits of 2^23 is the number 2^23 + u * 16^i. Subtracting 2^23 + 8 * 16^i
-// leaves (u - 8) * 16^i, exact; 16^-i is multiplied into x. No shift and no conversion a weight.
-const NIBBLES = vec4<u32>(0x000Fu, 0x00F0u, 0x0F00u, 0xF000u);
-const TWO_23 = vec4<u32>(0x4B000000u);
-const CENTRE = vec4<f32>(8388616.0, 8388736.0, 8390656.0, 8421376.0);
-const PLACE = vec4<f32>(1.0, 0.0625, 0.00390625, 0.000244140625);
-
-fn quad(word: u32) -> vec4<f32> {
-  return bitcast<vec4<f32>>((vec4<u32>(word) & NIBBLES) | TWO_23) - CENTRE;
-}
-
-fn sum(v: vec4<f32>) -> f32 {
-  return (v.x + v.y) + (v.z + v.w);
-}
-
-// 8 weights. Products are fused by hand: drivers leave `a * b + c` alone.
-fn products(word: u32, low: vec4<f32>, high: vec4<f32>) -> vec4<f32> {
-  return fma(quad(word >> 16u), high, quad(word) * low);
-}
-
-// 8 weights of each of four columns.
-fn four(a: u32, b: u32, c: u32, d: u32, low: vec4<f32>, high: vec4<f32>) -> vec4<f32> {
-  return vec4<f32>(sum(products(a, low, high)), sum(products(b, low, high)),
-                   sum(products(c, low, high)), sum(products(d, low, high)));
-}
-
-// 16 weights that share a scale.
-fn dot16(w: vec2<u32>, x0: vec4<f32>, x1: vec4<f32>, x2: vec4<f32>, x3: vec4<f32>) -> f32 {
-  return sum(fma(quad(w.y >> 16u), x3, fma(quad(w.y), x2, products(w.x, x0, x1))));
-}
-
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let row = group.y;
@@ -79,26 +49,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let w6 = weights[at + 6u * pairs];
     let w7 = weights[at + 7u * pairs];
     let from_ = 4u * (row * pairs + pair);
-    let x0 = x[from_] * PLACE;
-    let x1 = x[from_ + 1u] * PLACE;
-    let x2 = x[from_ + 2u] * PLACE;
-    let x3 = x[from_ + 3u] * PLACE;
+    let a = activations(x[from_], x[from_ + 1u], x[from_ + 2u], x[from_ + 3u]);
     let stride = shape.padded_columns / 4u;
     let scale = (2u * pair) / (GROUP_SIZE / 8u) * stride + n / 4u;
-    let a = vec4<f32>(scales[scale]);
-    let b = vec4<f32>(scales[scale + 1u]);
+    let s0 = vec4<f32>(scales[scale]);
+    let s1 = vec4<f32>(scales[scale + 1u]);
     if (GROUP_SIZE >= 16u) {
-      first = fma(a, vec4<f32>(dot16(w0, x0, x1, x2, x3), dot16(w1, x0, x1, x2, x3),
-                               dot16(w2, x0, x1, x2, x3), dot16(w3, x0, x1, x2, x3)), first);
-      second = fma(b, vec4<f32>(dot16(w4, x0, x1, x2, x3), dot16(w5, x0, x1, x2, x3),
-                                dot16(w6, x0, x1, x2, x3), dot16(w7, x0, x1, x2, x3)), second);
-    } else {  // each word of 8 has a scale of its own
-      let c = vec4<f32>(scales[scale + stride]);
-      let d = vec4<f32>(scales[scale + stride + 1u]);
-      first = fma(a, four(w0.x, w1.x, w2.x, w3.x, x0, x1), first);
-      first = fma(c, four(w0.y, w1.y, w2.y, w3.y, x2, x3), first);
-      second = fma(b, four(w4.x, w5.x, w6.x, w7.x, x0, x1), second);
-      second = fma(d, four(w4.y, w5.y, w6.y, w7.y, x2, x3), second);
+      first = fma(s0, vec4<f32>(dot16(w0, a), dot16(w1, a), dot16(w2, a), dot16(w3, a)), first);
+      second = fma(s1, vec4<f32>(dot16(w4, a), dot16(w5, a), dot16(w6, a), dot16(w7, a)), second);
+    } else {  // each half has a scale of its own
+      let left = transpose(mat4x2<f32>(dot_halves(w0, a), dot_halves(w1, a), dot_halves(w2, a),
+                                       dot_halves(w3, a)));
+      let right = transpose(mat4x2<f32>(dot_halves(w4, a), dot_halves(w5, a), dot_halves(w6, a),
+                                        dot_halves(w7, a)));
+      let s2 = vec4<f32>(scales[scale + stride]);
+      let s3 = vec4<f32>(scales[scale + stride + 1u]);
+      first = fma(s2, left[1], fma(s0, left[0], first));
+      second = fma(s3, right[1], fma(s1, right[0], second));
     }
   }
 
