@@ -1,11 +1,10 @@
 // The arithmetic of q4gsw_decode.wgsl in float32: nothing is rounded below it.
 
-// A nibble at bit 4 i of the bits of 2^23 is the number 2^23 + u * 16^i. Subtracting 2^23 + 8 * 16^i
-// leaves (u - 8) * 16^i, exact; 16^-i is multiplied into x. No shift and no conversion a weight.
+// A nibble at bit 4 i of the bits of 2^(23 - 4 i) is the number 2^(23 - 4 i) + u: subtracting
+// 2^(23 - 4 i) + 8 leaves u - 8, exact. Neither a shift nor a conversion for each weight.
 const NIBBLES = vec4<u32>(0x000Fu, 0x00F0u, 0x0F00u, 0xF000u);
-const TWO_23 = vec4<u32>(0x4B000000u);
-const CENTRE = vec4<f32>(8388616.0, 8388736.0, 8390656.0, 8421376.0);
-const PLACE = vec4<f32>(1.0, 0.0625, 0.00390625, 0.000244140625);
+const POWERS = vec4<u32>(0x4B000000u, 0x49000000u, 0x47000000u, 0x45000000u);
+const CENTRES = vec4<f32>(8388616.0, 524296.0, 32776.0, 2056.0);
 
 // 16 neighbouring k of a row of x.
 struct Activations {
@@ -16,11 +15,11 @@ struct Activations {
 }
 
 fn activations(a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) -> Activations {
-  return Activations(a * PLACE, b * PLACE, c * PLACE, d * PLACE);
+  return Activations(a, b, c, d);
 }
 
 fn quad(word: u32) -> vec4<f32> {
-  return bitcast<vec4<f32>>((vec4<u32>(word) & NIBBLES) | TWO_23) - CENTRE;
+  return bitcast<vec4<f32>>((vec4<u32>(word) & NIBBLES) | POWERS) - CENTRES;
 }
 
 fn sum(v: vec4<f32>) -> f32 {
