@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import numpy as np
@@ -168,6 +169,29 @@ def test_bad_activations(webgpu):
         layer(x[:, :32])
     with pytest.raises(ValueError, match="x must be on cpu, got meta"):
         layer(x.to("meta"))
+    needs_grad = x.clone().requires_grad_()
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        layer(needs_grad)
+    with torch.no_grad():
+        assert torch.equal(layer(needs_grad), layer(x))
+
+
+def test_threads_share_a_layer(webgpu):
+    weight = parts(64, 256, 32)
+    layer = WebGPULinear(*weight)
+    rows = [torch.randn(3, 256) for _ in range(8)]
+    expected = [layer(x) for x in rows]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(layer, rows * 4))
+    assert all(torch.equal(y, expected[i % 8]) for i, y in enumerate(got))
+
+
+def test_large_buffers_are_not_kept(webgpu, monkeypatch):
+    layer = WebGPULinear(*parts(16, 64, 32))
+    monkeypatch.setattr("int4q.kernels.webgpu._PLAN_BYTES", 4 * 3 * (64 + 16))
+    for rows in (3, 4):
+        layer(torch.randn(rows, 64))
+    assert list(layer._plans) == [3]
 
 
 # --- without an adapter -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ The shaders lie in ``wgsl/`` and are the ones that a browser runs (``examples/we
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ BLOCK_K = 32
 COLUMNS = 8
 _TILE = 64
 _PLANS = 4
+_PLAN_BYTES = 32 << 20
+"""Buffers for a call are kept for the last ``_PLANS`` row counts, if they take no more than this."""
 _SMALL_GROUPS = (8, 16)
 PRECISIONS = ("float32", "float16")
 
@@ -167,6 +170,7 @@ class WebGPULinear:
         self.padded_k = 2 * packed.weights.shape[1]
         self._chunks = [self._upload(packed, *span) for span in self._spans(packed)]
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def from_int4(cls, weight, bias: Tensor | None = None, **options) -> WebGPULinear:
@@ -197,7 +201,8 @@ class WebGPULinear:
         y = np.empty((flat.shape[0], self.out_features), np.float32)
         step = self._rows_at_a_time()
         for start in range(0, flat.shape[0], step):
-            self._run(flat[start : start + step], y[start : start + step])
+            with self._lock:  # calls share buffers
+                self._run(flat[start : start + step], y[start : start + step])
         y = y.reshape(*array.shape[:-1], self.out_features)
         return torch.from_numpy(y) if isinstance(x, Tensor) else y
 
@@ -212,6 +217,12 @@ class WebGPULinear:
         if isinstance(x, Tensor):
             if x.device.type != "cpu":
                 raise errors.value("x must be on cpu", x.device, "Call x.cpu()")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise errors.value(
+                    "x must not require a gradient, which WebGPU does not compute",
+                    "one that does",
+                    "Call under torch.no_grad()",
+                )
             x = x.detach()
             dtype, array = x.dtype, x.numpy() if x.dtype == torch.float32 else None
         elif isinstance(x, np.ndarray):
@@ -248,7 +259,7 @@ class WebGPULinear:
             y[:, chunk.start : chunk.start + chunk.columns] = part.reshape(-1, chunk.columns)
 
     def plan(self, rows: int) -> _Plan:
-        """Buffers for ``rows`` rows; those of the last few row counts are kept."""
+        """Buffers for ``rows`` rows; those of the last few row counts are kept, if small."""
         if rows in self._plans:
             self._plans.move_to_end(rows)
             return self._plans[rows]
@@ -258,7 +269,9 @@ class WebGPULinear:
         for chunk in self._chunks:
             y = gpu.buffer(size=4 * rows * chunk.columns)
             steps.append((chunk, y, self.bind(chunk, rows, x, y)))
-        plan = self._plans[rows] = _Plan(rows, x, tuple(steps))
+        plan = _Plan(rows, x, tuple(steps))
+        if x.size + sum(y.size for _, y, _ in steps) <= _PLAN_BYTES:
+            self._plans[rows] = plan
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
