@@ -236,7 +236,7 @@ def test_bad_precision(webgpu):
 
 def test_the_package_holds_the_shaders():
     names = {p.name for p in (resources.files("int4q.kernels") / "wgsl").iterdir()}
-    assert {"q4gsw_decode.wgsl", "q4gsw_prefill.wgsl", "q4gsw_dot_f16.wgsl"} <= names
+    assert {"q4gsw_decode.wgsl", "q4gsw_prefill.wgsl"} <= names
     text = webgpu_device.source("q4gsw_decode", scale="f16")
     assert text.startswith("enable f16;\nalias Scale = f16;\nalias Tile = f32;\n//")
 

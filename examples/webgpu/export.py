@@ -29,7 +29,7 @@ from int4q.kernels.webgpu import BLOCK_K, pack  # noqa: E402
 
 HERE = Path(__file__).parent
 PAGE = ("index.html", "style.css", "main.js", "encoder.js", "q4gsw.js", "encoder.wgsl")
-SHADERS = ("q4gsw_dot_f32.wgsl", "q4gsw_decode.wgsl", "q4gsw_prefill.wgsl")
+SHADERS = ("q4gsw_decode.wgsl", "q4gsw_prefill.wgsl")
 SENTENCES = (
     "Good morning!",  # few enough tokens for the decode shader
     "The cat sleeps on the warm window sill.",

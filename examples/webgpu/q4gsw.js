@@ -18,28 +18,22 @@ export async function openGpu() {
   return { device, name };
 }
 
-/** Shader files as one module, after the lines that choose types (webgpu_device.source). */
-export async function shaderModule(device, ...urls) {
-  const texts = urls.map(async (url) => {
-    const response = await fetch(url);
-    if (!response.ok) throw new Error(`${url}: ${response.status}`);
-    return response.text();
-  });
-  const header = "alias Scale = f32;\nalias Tile = f32;\n";
-  const code = header + (await Promise.all(texts)).join("");
-  return device.createShaderModule({ label: urls.at(-1), code });
+/** A shader file as a module, after the lines that choose its types (webgpu_device.source). */
+export async function shaderModule(device, url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url}: ${response.status}`);
+  const code = `alias Scale = f32;\nalias Tile = f32;\n${await response.text()}`;
+  return device.createShaderModule({ label: url, code });
 }
 
 /** Both pipelines of linear_q4gsw for one group size. */
 export async function linearPipelines(device, folder, groupSize) {
-  const pipeline = async (...names) => {
-    const urls = names.map((name) => `${folder}/${name}.wgsl`);
-    const module = await shaderModule(device, ...urls);
+  const pipeline = async (name) => {
+    const module = await shaderModule(device, `${folder}/${name}.wgsl`);
     const constants = { GROUP_SIZE: groupSize };
     return device.createComputePipelineAsync({ layout: "auto", compute: { module, constants } });
   };
-  const decode = await pipeline("q4gsw_dot_f32", "q4gsw_decode");
-  return { decode, prefill: await pipeline("q4gsw_prefill") };
+  return { decode: await pipeline("q4gsw_decode"), prefill: await pipeline("q4gsw_prefill") };
 }
 
 export function storageBuffer(device, data) {

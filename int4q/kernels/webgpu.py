@@ -29,7 +29,7 @@ COLUMNS = 8
 _TILE = 64
 _PLANS = 4
 _PLAN_BYTES = 32 << 20
-"""Buffers for a call are kept for the last ``_PLANS`` row counts, if they take no more than this."""
+"""The last ``_PLANS`` row counts keep their buffers, if these take no more than this."""
 _SMALL_GROUPS = (8, 16)
 PRECISIONS = ("float32", "float16")
 
@@ -125,9 +125,9 @@ class WebGPULinear:
     The weight is uploaded once, in chunks of columns where a buffer would pass the adapter's
     limits. Sums are float32. With ``precision="float32"`` nothing is rounded below that: float16
     scales are stored as such where the adapter computes in float16 (they are exact), all others in
-    float32. ``precision="float16"`` (needs ``shader-f16``) rounds scales and activations to
-    float16, and for up to ``DECODE_MAX_ROWS`` rows sums of 8 products, for more rows the weights:
-    outputs are within 4e-3 of their root mean square (2e-3 seen). |x| must stay under 1000.
+    float32. ``precision="float16"`` (needs ``shader-f16``) rounds scales to float16 and, for
+    more than ``DECODE_MAX_ROWS`` rows, activations and weights on the way into shared memory:
+    outputs are within 4e-3 of their root mean square (2e-3 seen), and |x| must stay under 65504.
 
     Args:
         weights, weight_scales, group_size, bias: as ``linear_q4gsw``, ``group_size`` 8, 16 or a

@@ -49,7 +49,7 @@ class Gpu:
         Args:
             group_size: of the weight, a constant in the shader.
             scale: ``"f32"`` or ``"f16"``, how scales are stored.
-            tile: ``"f32"`` or ``"f16"``, what products are taken of.
+            tile: ``"f32"`` or ``"f16"``, how shared memory holds both operands.
         """
         key = shader, group_size, scale, tile
         if key not in self._pipelines:
@@ -106,12 +106,10 @@ class Gpu:
 
 
 def source(shader: str, scale: str = "f32", tile: str = "f32") -> str:
-    """The text of ``wgsl/<shader>.wgsl`` after the lines, and the file, that choose its types."""
-    folder = resources.files("int4q.kernels") / "wgsl"
-    names = [shader] if shader != "q4gsw_decode" else [f"q4gsw_dot_{tile}", shader]
+    """The text of ``wgsl/<shader>.wgsl`` after the lines that choose its types."""
     enable = "enable f16;\n" if "f16" in (scale, tile) else ""
-    header = f"{enable}alias Scale = {scale};\nalias Tile = {tile};\n"
-    return header + "".join((folder / f"{name}.wgsl").read_text() for name in names)
+    text = (resources.files("int4q.kernels") / "wgsl" / f"{shader}.wgsl").read_text()
+    return f"{enable}alias Scale = {scale};\nalias Tile = {tile};\n{text}"
 
 
 @functools.cache

@@ -4,9 +4,8 @@
 // side, 16 weights (8 bytes) of each of the 8 columns at a time. Wider loads were slower: they pull
 // the threads' parts of x (through the cache, shared by 8 columns) further apart.
 //
-// Before this file the host puts `alias Scale = f32;`, or `enable f16; alias Scale = f16;`, and
-// q4gsw_dot_f32.wgsl or q4gsw_dot_f16.wgsl. It pads: K to 32 (with u = 8, so that the value is 0),
-// N to 8.
+// Before this file the host puts `alias Scale = f32;`, or `enable f16; alias Scale = f16;`.
+// It pads: K to 32 (with u = 8, so that the value is 0), N to 8.
 
 override GROUP_SIZE: u32;  // 8, 16, or a multiple of 32
 
@@ -30,6 +29,43 @@ struct Shape {
 
 var<workgroup> sums: array<vec4<f32>, 2u * THREADS>;  // [quad of columns, thread]
 
+// A nibble at bit 4 i of the bits of 2^(23 - 4 i) is the number 2^(23 - 4 i) + u: subtracting
+// 2^(23 - 4 i) + 8 leaves u - 8, exact. Neither a shift nor a conversion for each weight.
+const NIBBLES = vec4<u32>(0x000Fu, 0x00F0u, 0x0F00u, 0xF000u);
+const POWERS = vec4<u32>(0x4B000000u, 0x49000000u, 0x47000000u, 0x45000000u);
+const CENTRES = vec4<f32>(8388616.0, 524296.0, 32776.0, 2056.0);
+
+// 16 neighbouring k of a row of x.
+struct Activations {
+  a: vec4<f32>,
+  b: vec4<f32>,
+  c: vec4<f32>,
+  d: vec4<f32>,
+}
+
+fn quad(word: u32) -> vec4<f32> {
+  return bitcast<vec4<f32>>((vec4<u32>(word) & NIBBLES) | POWERS) - CENTRES;
+}
+
+fn sum(v: vec4<f32>) -> f32 {
+  return (v.x + v.y) + (v.z + v.w);
+}
+
+// Products are fused by hand here and below: drivers leave `a * b + c` alone.
+fn products(word: u32, low: vec4<f32>, high: vec4<f32>) -> vec4<f32> {
+  return fma(quad(word >> 16u), high, quad(word) * low);
+}
+
+// Two words of 8 weights each against the first and the last 8 k, summed on their own.
+fn dot_halves(w: vec2<u32>, x: Activations) -> vec2<f32> {
+  return vec2<f32>(sum(products(w.x, x.a, x.b)), sum(products(w.y, x.c, x.d)));
+}
+
+// The same as one sum.
+fn dot16(w: vec2<u32>, x: Activations) -> f32 {
+  return sum(fma(quad(w.y >> 16u), x.d, fma(quad(w.y), x.c, products(w.x, x.a, x.b))));
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let row = group.y;
@@ -49,7 +85,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let w6 = weights[at + 6u * pairs];
     let w7 = weights[at + 7u * pairs];
     let from_ = 4u * (row * pairs + pair);
-    let a = activations(x[from_], x[from_ + 1u], x[from_ + 2u], x[from_ + 3u]);
+    let a = Activations(x[from_], x[from_ + 1u], x[from_ + 2u], x[from_ + 3u]);
     let stride = shape.padded_columns / 4u;
     let scale = (2u * pair) / (GROUP_SIZE / 8u) * stride + n / 4u;
     let s0 = vec4<f32>(scales[scale]);
