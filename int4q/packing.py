@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from int4q import errors
+
 
 def pack_nibbles(q: Tensor) -> Tensor:
     """int8 ``[..., K]`` in -8..7 -> int8 ``[..., K/2]``."""
@@ -32,3 +34,38 @@ def signed_to_offset(qdata: Tensor) -> Tensor:
 def offset_to_signed(packed: Tensor) -> Tensor:
     """Packed offset binary ``u`` -> packed two's complement ``q = u - 8`` (its own inverse)."""
     return signed_to_offset(packed)
+
+
+def symmetric_parts(t) -> tuple[Tensor, Tensor, int]:
+    """The values of a symmetric 4-bit weight tensor as ``linear_q4gsw`` holds them.
+
+    Args:
+        t: a 4-bit weight ``[N, K]`` of any layout (whatever has ``to_int4_tensor()``).
+
+    Returns:
+        ``weights`` uint8 ``[N, K/2]``, ``weight_scales`` ``[K/group_size, N]``, ``group_size``.
+
+    Raises:
+        TypeError: ``t`` is no 4-bit weight.
+        ValueError: a zero point is not 0, ``t`` is a stack or transposed, or has an
+            ``act_pre_scale``, which the op cannot hold.
+    """
+    if not hasattr(t, "to_int4_tensor"):
+        raise errors.type_("t must be a 4-bit weight of int4q", type(t).__name__)
+    t = t.to_int4_tensor()
+    if t.ndim != 2 or t.grouped_dim != 1:
+        raise errors.value(
+            "t must be [N, K] with groups along K",
+            f"{errors.dims(t.shape)} with block_size {t.block_size}",
+        )
+    if t.act_pre_scale is not None:
+        raise errors.value(
+            "t must have no act_pre_scale", "one", "Multiply the activations by it instead"
+        )
+    if bool(t.zero_point.any()):
+        raise errors.value(
+            "a symmetric weight has zero points of 0",
+            "others",
+            'Quantise with Int4Tensor.from_hp(w, block_size, algorithm="symmetric")',
+        )
+    return signed_to_offset(t.qdata).view(torch.uint8), t.scale, t.group_size

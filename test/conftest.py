@@ -1,5 +1,7 @@
 """Fixtures: the devices to run on, and uninitialised memory that shows."""
 
+import os
+
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ def device(request) -> str:
 @pytest.fixture(params=LAYOUTS, ids=lambda c: c.__name__)
 def layout(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def webgpu():
+    """The default WebGPU adapter. Without one a test is skipped, or fails where
+    INT4Q_REQUIRE_WEBGPU=1 says that there must be one."""
+    from int4q.kernels import webgpu_device
+
+    if reason := webgpu_device.unavailable():
+        required = os.environ.get("INT4Q_REQUIRE_WEBGPU") == "1"
+        (pytest.fail if required else pytest.skip)(reason)
+    return webgpu_device.default_gpu()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,11 @@ def jobs():
             found.append((name, job))
     job = linear(triton_w4a8.linear, 1, 1, 32, 32)  # Triton turns arguments of 1 into constants
     found.append(("W4A8 of one row of one block", job))
+    for M in (16, 32, 64, 256):
+        args = empty(M, 4096, dtype=torch.float32), empty(4096, 2048, dtype=torch.uint8)
+        scales = empty(128, 4096, dtype=torch.float32)
+        job = partial(triton_matmul.linear_q4gsw, *args, scales, 32, scales[0])
+        found.append((f"q4gsw M={M}", job))
     packed, by_row = empty(4096, 2048, dtype=torch.int8), empty(4096, 32)
     x = empty(16, 4096)
     found += [

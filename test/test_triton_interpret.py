@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout + done.stderr
 
 else:
-    from dataclasses import dataclass
+    from dataclasses import dataclass, replace
     from types import SimpleNamespace
 
     from int4q.kernels import (
@@ -195,6 +195,18 @@ else:
             assert torch.equal(y, triton_w4a8.linear(*(t.contiguous() for t in (view, *args)), 64))
             expected = reference.linear_int8(x[:, k].float(), *args, 64)
             check(y, expected.double(), BF16)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_linear_q4gsw(case):
+        """float32 activations whatever the scales; bias; one row and many."""
+        case = replace(case, dtype=FP32, scale_dtype=case.scale_dtype or case.dtype)
+        x, qdata, scale, _ = parts(case)
+        bias = torch.randn(case.N)
+        packed = offset_binary(qdata).view(torch.uint8)
+        expected = x.double() @ weight(qdata, scale, None, case.group_size).double().t() + bias
+        rest = packed, scale, case.group_size, bias
+        check(triton_matmul.linear_q4gsw(x, *rest), expected, FP32)
+        check(triton_matvec.linear_q4gsw(x[:1], *rest), expected[:1], FP32)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_dequantize(case):

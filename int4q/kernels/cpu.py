@@ -85,13 +85,24 @@ def _native_dequantize(qdata: Tensor, *rest) -> Tensor:
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    offset_binary: bool = False,
 ) -> Tensor:
-    """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs."""
+    """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs.
+
+    Without a zero point the weight is symmetric; ``offset_binary`` nibbles are ``q + 8``.
+    """
     N, K = qdata.shape[0], 2 * qdata.shape[1]
     problem = Problem("dequantize", "cpu", dtype, scale.dtype, 0, N, K, group_size)
-    run = reference.dequantize if _dequantize_unsupported(problem) else _native_dequantize
-    return run(qdata, scale, zero_point, group_size, dtype)
+    if _dequantize_unsupported(problem) is None:
+        return _native_dequantize(qdata, scale, zero_point, group_size, dtype, offset_binary)
+    qdata = offset_to_signed(qdata) if offset_binary else qdata
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
+    return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
 
 
 def _row_blocks(N: int, K: int) -> list[slice]:
@@ -103,30 +114,41 @@ def blocked_linear(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    offset_binary: bool = False,
 ) -> Tensor:
     """:func:`reference.linear`, dequantising one block of weight rows at a time."""
     dtype = reference.compute_dtype(x, scale)
     xc = reference.pre_scaled(x, act_pre_scale).to(dtype)
     y = x.new_empty((x.shape[0], qdata.shape[0]))
     for rows in _row_blocks(qdata.shape[0], x.shape[1]):
-        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        w = _dequantized_rows(rows, qdata, scale, zero_point, group_size, dtype, offset_binary)
         y[:, rows] = F.linear(xc, w, None if bias is None else bias[rows].to(dtype))
     return y
 
 
+def _dequantized_rows(rows: slice, qdata, scale, zero_point, *rest) -> Tensor:
+    zero_point = None if zero_point is None else zero_point[:, rows]
+    return dequantize(qdata[rows], scale[:, rows], zero_point, *rest)
+
+
 def blocked_grad_input(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    grad: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    offset_binary: bool = False,
 ) -> Tensor:
     """:func:`reference.grad_input`, one block of weight rows at a time, summed in float32."""
     dtype = reference.compute_dtype(grad, scale)
     K = 2 * qdata.shape[1]
     total = grad.new_zeros((grad.shape[0], K), dtype=torch.promote_types(dtype, torch.float32))
     for rows in _row_blocks(qdata.shape[0], K):
-        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        w = _dequantized_rows(rows, qdata, scale, zero_point, group_size, dtype, offset_binary)
         total += grad[:, rows].to(dtype) @ w
     return total.to(grad.dtype)
 
@@ -156,24 +178,40 @@ def native_linear(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
+    offset_binary: bool = False,
 ) -> Tensor:
     """:func:`native_cpu.linear` on a weight of any strides."""
     x = reference.pre_scaled(x, act_pre_scale)
-    return native_cpu.linear(x, _whole_rows(qdata), scale, zero_point, group_size, bias)
+    rest = scale, zero_point, group_size, bias, offset_binary
+    return native_cpu.linear(x, _whole_rows(qdata), *rest)
 
 
 def _symmetric(run):
-    """An affine kernel as one on symmetric weights: signed nibbles, zero points all 0."""
+    """An affine kernel as one on offset-binary weights without zero points, scales by row."""
 
     def symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-        scale = w_scale.mT
-        return run(x, offset_to_signed(w_packed), scale, torch.zeros_like(scale), group_size)
+        return run(x, w_packed, w_scale.mT, None, group_size, offset_binary=True)
 
     return symmetric
+
+
+def _q4gsw(run):
+    """An affine kernel as ``linear_q4gsw``: offset-binary uint8, no zero points."""
+
+    def linear_q4gsw(x, weights, weight_scales, group_size, bias=None) -> Tensor:
+        weight = weights.view(torch.int8), weight_scales, None, group_size
+        return run(x, *weight, bias, offset_binary=True)
+
+    return linear_q4gsw
+
+
+def _q4gsw_grad(grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int) -> Tensor:
+    weight = weights.view(torch.int8), weight_scales, None, group_size
+    return blocked_grad_input(grad, *weight, offset_binary=True)
 
 
 def _native_unsupported(problem: Problem) -> str | None:
@@ -205,6 +243,11 @@ native_symmetric = Kernel(
 blocked_symmetric = Kernel(
     "cpu_blocked", KernelPreference.TORCH, _on_cpu, _symmetric(blocked_linear)
 )
+native_q4gsw = Kernel(
+    "cpu_native", KernelPreference.TORCH, _native_unsupported, _q4gsw(native_linear)
+)
+blocked_q4gsw = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _q4gsw(blocked_linear))
+blocked_q4gsw_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _q4gsw_grad)
 native_dequantize = Kernel(
     "cpu_native", KernelPreference.TORCH, _dequantize_unsupported, _native_dequantize
 )

@@ -103,7 +103,12 @@ def _small_batch_unsupported(problem: Problem) -> str | None:
 
 
 def grad_input(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    grad: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    signed: bool = True,
 ) -> Tensor:
     """:func:`reference.grad_input` by dequantising slices of rows, summed in float32."""
     dtype = reference.compute_dtype(grad, scale)
@@ -113,12 +118,18 @@ def grad_input(
     total = None
     for start in range(0, N, step):
         rows = slice(start, start + step)
-        w = dequantize(qdata[rows], scale[:, rows], zero_point[:, rows], group_size, dtype)
+        zero = None if zero_point is None else zero_point[:, rows]
+        w = dequantize(qdata[rows], scale[:, rows], zero, group_size, dtype, signed)
         part = grad[:, rows].to(dtype) @ w
         if step >= N:
             return part.to(grad.dtype)
         total = part.float() if total is None else total.add_(part)
     return grad.new_zeros((grad.shape[0], K)) if total is None else total.to(grad.dtype)
+
+
+def _q4gsw_grad(grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int) -> Tensor:
+    weight = weights.view(torch.int8), weight_scales, None, group_size
+    return grad_input(grad, *weight, signed=False)
 
 
 decode = Kernel(
@@ -192,3 +203,8 @@ bmm = _triton_kernel("triton_experts", "triton_experts", "int4_bmm")
 bmm_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_bmm_backward")
 grouped = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm")
 grouped_gradient = _triton_kernel("triton_experts", "triton_experts", "int4_grouped_mm_backward")
+q4gsw_matvec = _triton_kernel("triton_matvec", "triton_matvec", "linear_q4gsw")
+q4gsw_matmul = _triton_kernel("triton_matmul", "triton_matmul", "linear_q4gsw")
+q4gsw_gradient = Kernel(
+    gradient.name, KernelPreference.TRITON, gradient.unsupported, on_its_device(_q4gsw_grad)
+)

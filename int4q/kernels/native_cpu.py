@@ -1,9 +1,9 @@
 """The compiled CPU kernels of ``csrc/int4_cpu.c``, loaded through ctypes.
 
-They take the plain layout as it is stored: ``qdata`` int8 ``[N, K/2]`` (signed nibbles, even k
-low), ``scale`` and ``zero_point`` indexed ``[n_groups, N]`` with any strides, so no packed copy
-of a weight is made. The library is optional: :func:`load` and :func:`unsupported` say why it
-cannot be used, and nothing is loaded before the first of them is called.
+They take the plain layout as it is stored: ``qdata`` int8 ``[N, K/2]`` (signed or offset-binary
+nibbles, even k low), ``scale`` and ``zero_point`` indexed ``[n_groups, N]`` with any strides, so
+no packed copy of a weight is made. The library is optional: :func:`load` and :func:`unsupported`
+say why it cannot be used, and nothing is loaded before the first of them is called.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero_stride_g", "zero_stride_n")),
         *((name, ctypes.c_int64) for name in ("M", "N", "K", "group")),
         *((name, ctypes.c_int64) for name in ("x_kind", "scale_kind", "out_kind", "threads")),
+        ("offset_binary", ctypes.c_int64),
     ]
 
 
@@ -47,11 +48,14 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         lib = ctypes.CDLL(str(found[0]))
         lib.int4q_cpu_features.restype = ctypes.c_int
+        lib.int4q_args_bytes.restype = ctypes.c_int64
         for name in ("int4q_decode", "int4q_gemm", "int4q_dequant"):
             getattr(lib, name).argtypes = [ctypes.POINTER(_Args)]
             getattr(lib, name).restype = ctypes.c_int
     except (OSError, AttributeError) as error:
-        return None, f"the compiled CPU kernels did not load: {error}"
+        return None, f"the compiled CPU kernels did not load: {error} (install int4q again)"
+    if lib.int4q_args_bytes() != ctypes.sizeof(_Args):
+        return None, "the compiled CPU kernels are of another version (install int4q again)"
     return lib, None
 
 
@@ -96,9 +100,10 @@ def linear(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     bias: Tensor | None = None,
+    offset_binary: bool = False,
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W[n, k] = q[n, k] * scale[g, n] + zero_point[g, n]``.
 
@@ -110,8 +115,9 @@ def linear(
     Args:
         x: ``[M, K]``; any strides.
         qdata: int8 ``[N, K/2]``; rows any distance apart.
-        scale, zero_point: ``[n_groups, N]``, one dtype, any strides.
+        scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
         bias: ``[N]``.
+        offset_binary: the nibbles of ``qdata`` are ``q + 8``.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
@@ -133,7 +139,7 @@ def linear(
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
     name = "int4q_gemm" if _uses_tiles(M, x.dtype) else "int4q_decode"
-    _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size)
+    _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary)
     return out
 
 
@@ -144,14 +150,20 @@ def _uses_tiles(M: int, x_dtype: torch.dtype) -> bool:
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    offset_binary: bool = False,
 ) -> Tensor:
     """``q * scale + zero_point`` in float32, rounded once to ``dtype``.
 
     Args:
         qdata: int8 ``[N, K/2]``; rows any distance apart.
-        scale, zero_point: ``[n_groups, N]``, one dtype, any strides.
+        scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
         dtype: bfloat16, float16 or float32.
+        offset_binary: the nibbles of ``qdata`` are ``q + 8``.
 
     Returns:
         ``[N, K]``.
@@ -163,11 +175,12 @@ def dequantize(
     if reason := _weight_unsupported(N, K, group_size, scale.dtype):
         raise ValueError(f"compiled CPU kernel: {reason}")
     out = torch.empty((N, K), dtype=dtype)
-    _call("int4q_dequant", None, qdata, scale, zero_point, None, out, 0, K, group_size)
+    weight = qdata, scale, zero_point
+    _call("int4q_dequant", None, *weight, None, out, 0, K, group_size, offset_binary)
     return out
 
 
-def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> None:
+def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> None:
     if qdata.dtype != torch.int8:
         raise TypeError(f"qdata must be int8 (two signed nibbles a byte), got {qdata.dtype}")
     if qdata.stride(1) != 1:
@@ -175,6 +188,7 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: 
             f"qdata must be contiguous along K, got strides {qdata.stride()}. "
             "Call .contiguous() on it"
         )
+    zero_point = scale if zero_point is None else zero_point
     if zero_point.dtype != scale.dtype:
         raise TypeError(f"zero_point must have scale's dtype {scale.dtype}, got {zero_point.dtype}")
     expected = (2 * qdata.shape[1] // group_size, qdata.shape[0])
@@ -185,21 +199,21 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: 
             )
 
 
-def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size) -> None:
+def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary) -> None:
     lib, _ = load()
     status = getattr(lib, name)(
         _Args(
             None if x is None else x.data_ptr(),
             qdata.data_ptr(),
             scale.data_ptr(),
-            zero_point.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             0 if x is None else x.stride(0),
             qdata.stride(0),
             out.stride(0),
             *scale.stride(),
-            *zero_point.stride(),
+            *((0, 0) if zero_point is None else zero_point.stride()),
             M,
             qdata.shape[0],
             K,
@@ -208,6 +222,7 @@ def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size) -> Non
             _KINDS[scale.dtype],
             _KINDS[out.dtype],
             torch.get_num_threads(),
+            offset_binary,
         )
     )
     if status:

@@ -212,6 +212,35 @@ def dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> 
     return _symmetric_values(w_packed, w_scale, group_size).to(torch.bfloat16)
 
 
+def linear_q4gsw(
+    x: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x [M, K] @ W.T + bias`` in ``x.dtype`` with ``W = (u - 8) * scale`` in float32.
+
+    Args:
+        weights: uint8 ``[N, K/2]``, offset-binary nibbles ``u``.
+        weight_scales: ``[K/group_size, N]``.
+    """
+    return F.linear(x, _q4gsw_values(weights, weight_scales, group_size, x.dtype), bias)
+
+
+def linear_q4gsw_grad(
+    grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int
+) -> Tensor:
+    """``grad [M, N] @ W``: what :func:`linear_q4gsw` passes back to ``x``; ``[M, K]``."""
+    return grad @ _q4gsw_values(weights, weight_scales, group_size, grad.dtype)
+
+
+def _q4gsw_values(
+    weights: Tensor, weight_scales: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return _symmetric_values(weights.view(torch.int8), weight_scales.mT, group_size).to(dtype)
+
+
 def matmul_symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
     """``x [M, K] @ W.T`` with weights rounded to bfloat16 and float32 sums; ``[M, N]``."""
     w = dequantize_symmetric(w_packed, w_scale, group_size)

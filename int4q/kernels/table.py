@@ -109,3 +109,17 @@ register(
     cuda.symmetric_dequantize,
     _reference(reference.dequantize_symmetric),
 )
+register(
+    "linear_q4gsw",
+    cuda.q4gsw_matvec,
+    cuda.q4gsw_matmul,
+    cpu.native_q4gsw,
+    cpu.blocked_q4gsw,
+    _reference(reference.linear_q4gsw),
+)
+register(
+    "linear_q4gsw_backward",
+    cuda.q4gsw_gradient,
+    cpu.blocked_q4gsw_grad,
+    _reference(reference.linear_q4gsw_grad),
+)

@@ -8,6 +8,8 @@ in a fixed order (so results repeat bit for bit) and writes the output: no secon
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -233,3 +235,20 @@ def int4_linear(
             x, qdata, scale, zero_point, group_size, bias, act_pre_scale
         )
     return _matmul(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)
+
+
+def linear_q4gsw(
+    x: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias`` in float32 (three TF32 products: 2^-22), symmetric weights.
+
+    Args:
+        x: float32 ``[M, K]``.
+        weights: uint8 ``[N, K/2]``, offset-binary nibbles.
+        weight_scales: ``[K/group_size, N]``.
+    """
+    # Fragments of float32 take twice the registers: smaller tiles on 8 warps do not spill.
+    config = tuned.matmul_config(x.shape[0], weights.shape[0], x.shape[1], x.device)
+    config = replace(config, block_n=64, block_m=min(config.block_m, 64), block_k=64, num_warps=8)
+    weight = weights.view(torch.int8), weight_scales, None, group_size
+    return _matmul(x, *weight, bias, None, signed=False, config=config)

@@ -7,6 +7,7 @@ one multiply-add a weight cheaper.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -132,3 +133,17 @@ def int4_linear(
 ) -> Tensor:
     """The plain tensor's linear for ``x [1, K]``; ``scale``, ``zero_point`` are ``[K/gs, N]``."""
     return _matvec(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, True, config)
+
+
+def linear_q4gsw(
+    x: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias`` for one row, symmetric weights with scales ``[K/group_size, N]``.
+
+    Args:
+        x: float32 ``[1, K]``.
+        weights: uint8 ``[N, K/2]``, offset-binary nibbles.
+        weight_scales: ``[K/group_size, N]``.
+    """
+    weight = weights.view(torch.int8), weight_scales, None, group_size
+    return _matvec(x, *weight, bias, None, signed=False)

@@ -2,8 +2,9 @@
  *
  * Weights, logical [N, K], value[n, k] = q[n, k] * scale[g, n] + zero_point[g, n], g = k / group:
  *   qdata       int8 [N, K/2]; even k in the low nibble, odd k in the high one, signed q in -8..7
+ *               (two's complement; with offset_binary the nibble is u = q + 8)
  *   scale       bf16, fp16 or fp32 [G, N], any strides
- *   zero_point  the same dtype [G, N], any strides
+ *   zero_point  the same dtype [G, N], any strides; NULL where all are 0
  * group is 32, 64, 128 or 256 and divides K. Activations x are [M, K], results [M, N].
  *
  * int4q_decode   1 <= M <= 8: one pass over the 4-bit weights; x as 16 or 24 bit fixed point (VNNI)
@@ -31,13 +32,13 @@ typedef struct {
     const void *x;        /* [M, K], kind x_kind, inner stride 1 */
     const uint8_t *qdata; /* [N, K/2], inner stride 1 */
     const void *scale;    /* [G, N], kind scale_kind */
-    const void *zero;     /* [G, N], kind scale_kind */
+    const void *zero;     /* [G, N], kind scale_kind, or NULL */
     const float *bias;    /* [N] or NULL */
     void *out;            /* [M, N] (dequant: [N, K]), kind out_kind, inner stride 1 */
     int64_t x_stride, q_stride, out_stride;
     int64_t scale_stride_g, scale_stride_n, zero_stride_g, zero_stride_n;
     int64_t M, N, K, group;
-    int64_t x_kind, scale_kind, out_kind, threads;
+    int64_t x_kind, scale_kind, out_kind, threads, offset_binary;
 } int4q_args;
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(_MSC_VER)
@@ -104,6 +105,9 @@ EXPORT int int4q_cpu_features(void) {
     }
     return features;
 }
+
+/* For the caller to see that both sides mean the same arguments. */
+EXPORT int64_t int4q_args_bytes(void) { return sizeof(int4q_args); }
 
 /* ---------------------------------------------------------------------------------------------
  * Loads, stores, small shared pieces
@@ -176,6 +180,7 @@ INLINE TARGET_VNNI __m512 load_scale(const int4q_args *a, int64_t g, int64_t n0,
 }
 
 INLINE TARGET_VNNI __m512 load_zero(const int4q_args *a, int64_t g, int64_t n0, __mmask16 mask) {
+    if (!a->zero) return _mm512_setzero_ps();
     return load_params(a->zero, a->scale_kind, a->zero_stride_g, a->zero_stride_n, g, n0, mask);
 }
 
@@ -414,9 +419,9 @@ INLINE TARGET_VNNI __m512 dot_unit(__m512i even, __m512i odd, const uint8_t *x, 
     return _mm512_mul_ps(dot, _mm512_load_ps((const float *)(offset + limbs - 1)));
 }
 
-/* u = q + 8 of the even and the odd k in 64 bytes. */
-INLINE TARGET_VNNI void unpack_unsigned(__m512i w, __m512i *even, __m512i *odd) {
-    const __m512i flip = _mm512_set1_epi8((char)0x88), low = _mm512_set1_epi8(0x0f);
+/* u = q + 8 of the even and the odd k in 64 bytes; flip is 0x88 a byte for signed nibbles. */
+INLINE TARGET_VNNI void unpack_unsigned(__m512i w, __m512i flip, __m512i *even, __m512i *odd) {
+    const __m512i low = _mm512_set1_epi8(0x0f);
     enum { XOR_THEN_AND = 0x28 };
     *even = _mm512_ternarylogic_epi32(w, flip, low, XOR_THEN_AND);
     *odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), flip, low, XOR_THEN_AND);
@@ -429,6 +434,7 @@ typedef struct {
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
     int unit_shift;      /* log2 of the units in a group */
     int64_t prefetch;    /* from a byte to the one that is needed some rows later */
+    char flip;           /* what turns a byte of nibbles into offset binary */
 } weight_rows;
 
 /* acc[row][m] += one unit of R rows from `first` on. */
@@ -437,10 +443,11 @@ INLINE TARGET_VNNI void decode_unit(const weight_rows *w, const uint8_t *const r
                                     const int M, const int R, const int limbs, const int quads) {
     __m512i even[MAX_R], odd[MAX_R];
     __m512 scale[MAX_R];
+    const __m512i flip = _mm512_set1_epi8(w->flip);
     UNROLL
     for (int r = 0; r < R; r++) {
         const uint8_t *at = row[r] + unit * 64;
-        unpack_unsigned(_mm512_maskz_loadu_epi32(mask, at), &even[r], &odd[r]);
+        unpack_unsigned(_mm512_maskz_loadu_epi32(mask, at), flip, &even[r], &odd[r]);
         _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
         scale[r] = row_scale(w->scales, quads, unit, first + r, w->unit_shift);
     }
@@ -550,7 +557,8 @@ static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, ra
     weight_rows w = {.full_units = a->K / UNIT_K,
                      .tail_mask = lanes(a->K % UNIT_K / 8),
                      .unit_shift = a->group > UNIT_K,
-                     .prefetch = 4 * a->q_stride};
+                     .prefetch = 4 * a->q_stride,
+                     .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
         const int at = (int)((block - blocks.begin) % MAX_BLOCKS);
@@ -620,8 +628,9 @@ INLINE TARGET_VNNI void params_of_rows(const int4q_args *a, int64_t n0, int64_t 
 
 /* Entry i: the value of nibble i, q * scale + zero_point, the product rounded before the sum as in
  * the reference (the rounding variant keeps compilers from fusing the two). */
-INLINE TARGET_VNNI __m512 value_table(float scale, float zero) {
-    const __m512 q = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+INLINE TARGET_VNNI __m512 value_table(float scale, float zero, int64_t offset_binary) {
+    const __m512 halves = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 q = offset_binary ? _mm512_shuffle_f32x4(halves, halves, 0x4e) : halves;
     return _mm512_add_ps(_mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST),
                          _mm512_set1_ps(zero));
 }
@@ -666,8 +675,9 @@ static TARGET_VNNI void dequant_rows(const int4q_args *a, int64_t n0) {
             for (int64_t g = 0; g < count; g++) {
                 const int64_t k = (g0 + g) * a->group;
                 dequant_group(a->qdata + (n0 + r) * a->q_stride + k / 2,
-                              value_table(scale[g * ROWS + r], zero[g * ROWS + r]), a->group,
-                              a->out_kind, a->out, (n0 + r) * a->out_stride + k);
+                              value_table(scale[g * ROWS + r], zero[g * ROWS + r],
+                                          a->offset_binary),
+                              a->group, a->out_kind, a->out, (n0 + r) * a->out_stride + k);
             }
     }
 }
@@ -837,9 +847,9 @@ INLINE TARGET_VNNI __m512 half_tables(__m512 scale, __m512 zero, const int upper
 /* Tables of a row for a unit, as vpshufb wants them: lane i serves the k in [32 i, 32 i + 32), the
  * lower bytes of its 16 bf16 values in one register, the upper bytes in another. */
 INLINE TARGET_AMX void byte_tables(const panel_params *p, int row, const int quads,
-                                   __m512i *lower, __m512i *upper) {
+                                   int64_t offset_binary, __m512i *lower, __m512i *upper) {
     const int half = row / ROWS, r = row % ROWS;
-    __m512i first, last; /* nibbles 0..7 and 8..15; lane i for its 32 k */
+    __m512i first, last; /* nibbles 0..7 and 8..15 (if signed); lane i for its 32 k */
     if (quads) {
         const __m512i groups01 = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
         const __m512i groups23 = _mm512_add_epi32(groups01, _mm512_set1_epi32(2));
@@ -857,6 +867,11 @@ INLINE TARGET_AMX void byte_tables(const panel_params *p, int row, const int qua
         first = (__m512i)_mm512_cvtne2ps_pbh(low, low);
         last = (__m512i)_mm512_cvtne2ps_pbh(high, high);
     }
+    if (offset_binary) { /* nibbles 0..7 are q = -8..-1 */
+        const __m512i swapped = first;
+        first = last;
+        last = swapped;
+    }
     const __m512i byte = _mm512_set1_epi16(0xff);
     *lower = _mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(last, byte));
     *upper = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8));
@@ -873,7 +888,7 @@ INLINE TARGET_AMX void dequant_unit(const int4q_args *a, int64_t n0, int64_t uni
         _mm_prefetch((const char *)at + prefetch, _MM_HINT_T0);
         const __m512i w = _mm512_maskz_loadu_epi32(mask, at);
         __m512i lower, upper;
-        byte_tables(p, r, quads, &lower, &upper);
+        byte_tables(p, r, quads, a->offset_binary, &lower, &upper);
         __m512i *to = (__m512i *)(tiles + r * 64);
         for (int odd = 0; odd < 2; odd++, to += 2 * STEP_BYTES / 64) {
             const __m512i nibble = _mm512_and_si512(odd ? _mm512_srli_epi16(w, 4) : w, low);
@@ -1095,6 +1110,7 @@ EXPORT int int4q_gemm(const int4q_args *a) {
 #endif
 
 EXPORT int int4q_cpu_features(void) { return 0; }
+EXPORT int64_t int4q_args_bytes(void) { return sizeof(int4q_args); }
 EXPORT int int4q_decode(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 EXPORT int int4q_gemm(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 EXPORT int int4q_dequant(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
