@@ -118,6 +118,16 @@ else:
         grad = torch.randn(4, 70, M).bfloat16().mT  # strided
         check(triton_experts.int4_bmm_backward(grad, *stack, 32), grad.double() @ w, BF16)
 
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    def test_act_pre_scale_multiplies_first(dtype):
+        x, *stack, offs, w = parts(CASES[0])
+        factor = torch.rand(160).to(dtype) + 0.5
+        scaled = (x.float() * factor.float()).bfloat16()  # one rounding, in the kernel too
+        y = triton_experts.int4_grouped_mm(x, *stack, 32, offs, factor)
+        check(y, grouped(scaled, w, CASES[0].ends), BF16)
+        x, scaled = (t[:12].unflatten(0, (4, 3)) for t in (x, scaled))
+        check(triton_experts.int4_bmm(x, *stack, 32, factor), scaled.double() @ w.mT, BF16)
+
     def test_the_ops_come_here():
         """Under the interpreter the ops of a CPU tensor can be sent to these kernels."""
         x, *stack, offs, w = parts(CASES[0])

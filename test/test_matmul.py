@@ -268,6 +268,18 @@ def test_gradients_of_bmm_matmul_and_grouped_mm(layout):
     close(got, expected.flatten(0, 1), torch.float32)
 
 
+def test_gradients_through_act_pre_scale(layout):
+    t = quantised(layout, 2, 16, 64)
+    w, factor = t.dequantize(torch.float64), torch.rand(64) + 0.5
+    t.act_pre_scale = factor
+    x = torch.randn(2, 3, 64)
+    expected = gradients(lambda a: (a * factor.double()) @ w.mT, x.double())
+    close(gradients(torch.bmm, x, t), expected, torch.float32)
+    offs = torch.tensor([3, 6], dtype=torch.int32)
+    got = gradients(lambda a: torch._grouped_mm(a, t.mT, offs=offs), x.flatten(0, 1))
+    close(got, expected.flatten(0, 1), torch.float32)
+
+
 def test_gradient_of_int8_and_cpu_packed_linear():
     w, x = torch.randn(16, 64), torch.randn(3, 64)
     for t in (

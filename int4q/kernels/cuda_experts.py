@@ -65,7 +65,7 @@ def unsupported(problem) -> str | None:
 class _Plan:
     """What calls of one kind share: compiled kernels, grids, the parameter block."""
 
-    def __init__(self, x, qdata, scale, zero_point, group_size, even: bool, config, rows):
+    def __init__(self, x, qdata, scale, zero_point, pre_scale, group_size, even, config, rows):
         (T, K), (E, N) = x.shape, qdata.shape[:2]
         self.device, self.dtype, self.shape = x.device, x.dtype, (T, N)
         self.index, self.lock = x.device.index, threading.Lock()
@@ -102,7 +102,8 @@ class _Plan:
         self.fixed = (
             *(qdata.stride(1), scale.stride(2), scale.stride(1), x.stride(0)),
             *(T, N, K),
-            *(ROW_UNIT, N // ROW_UNIT, 0, 0, 0),
+            *(ROW_UNIT, N // ROW_UNIT, 0, 0),
+            0 if pre_scale is None else codes[pre_scale.dtype],
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
             0,
         )
@@ -116,16 +117,17 @@ class _Plan:
         shared = ring.shared_bytes(config)
         self.product = module.prepare("int4_decode", grid, 32 * config.warps, shared, *rest)
 
-    def __call__(self, x, qdata, scale, zero_point, offs) -> Tensor:
+    def __call__(self, x, qdata, scale, zero_point, pre_scale, offs) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         with torch.cuda.device(self.index):
             # From the caching allocator: streams never share it, and a graph keeps its own.
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
             stream = torch._C._cuda_getCurrentRawStream(self.index)
             pointers = [t.data_ptr() for t in (qdata, scale, zero_point, x)]
+            pointers += 0, 0 if pre_scale is None else pre_scale.data_ptr()  # (no bias)
             with self.lock:
                 _PARAMS.pack_into(
-                    self.params, 0, *pointers, 0, 0, out.data_ptr(), scratch.data_ptr(),
+                    self.params, 0, *pointers, out.data_ptr(), scratch.data_ptr(),
                     *self.fixed, 0 if offs is None else offs.data_ptr(), *self.stack,
                 )  # fmt: skip
                 self.quantise(stream)
@@ -136,7 +138,7 @@ class _Plan:
 _plans: dict[tuple, _Plan] = {}
 
 
-def _fit(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor):
+def _fit(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, pre_scale: Tensor | None):
     """The parts as a plan takes them: unit strides, weight rows on 16-byte boundaries, zero_point
     lying as scale does. Copies only what does not fit."""
     if x.stride(1) != 1:
@@ -149,20 +151,26 @@ def _fit(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor):
             scale.shape, scale.stride(), dtype=scale.dtype, device=scale.device
         )
         zero_point = like.copy_(zero_point)
-    return x, qdata, scale, zero_point
+    if pre_scale is not None:
+        dtype = pre_scale.dtype if pre_scale.dtype in cuda_plan.TYPE_CODES else torch.float32
+        pre_scale = pre_scale.to(dtype).contiguous()
+    return x, qdata, scale, zero_point, pre_scale
 
 
-def _grouped(x, qdata, scale, zero_point, group_size, offs, config=None, rows=None) -> Tensor:
+def _grouped(
+    x, qdata, scale, zero_point, group_size, offs, config=None, rows=None, act_pre_scale=None
+) -> Tensor:
     """Rows of ``x [T, K]`` times the weight of their expert; ``offs`` None: as many rows each."""
     (T, _), (E, N) = x.shape, qdata.shape[:2]
     if T * N * E == 0:
         return x.new_zeros((T, N))
-    parts = _fit(x, qdata, scale, zero_point)
-    x, qdata, scale, zero_point = parts
+    parts = _fit(x, qdata, scale, zero_point, act_pre_scale)
+    x, qdata, scale, zero_point, pre_scale = parts
     pointers = qdata.data_ptr() & 15, (scale.data_ptr() | zero_point.data_ptr()) & 15
     key = (
         x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, qdata.shape, qdata.stride(),
         scale.stride(), scale.dtype, group_size, pointers, offs is None, config, rows,
+        None if pre_scale is None else pre_scale.dtype,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -171,15 +179,28 @@ def _grouped(x, qdata, scale, zero_point, group_size, offs, config=None, rows=No
 
 
 def int4_grouped_mm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, offs: Tensor
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    offs: Tensor,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Rows of ``x [T, K]`` sorted by expert; see ``triton_experts.int4_grouped_mm``."""
-    return _grouped(x, qdata, scale, zero_point, group_size, offs.contiguous())
+    weight = qdata, scale, zero_point, group_size
+    return _grouped(x, *weight, offs.contiguous(), act_pre_scale=act_pre_scale)
 
 
 def int4_bmm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_experts.int4_bmm``."""
-    y = _grouped(x.flatten(0, 1), qdata, scale, zero_point, group_size, None)
+    weight = qdata, scale, zero_point, group_size
+    y = _grouped(x.flatten(0, 1), *weight, None, act_pre_scale=act_pre_scale)
     return y.view(*x.shape[:2], y.shape[1])

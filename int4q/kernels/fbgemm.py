@@ -95,8 +95,8 @@ def linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=Non
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def bmm(x, qdata, scale, zero_point, group_size) -> Tensor:
-    """``x [B, M, K]`` times a stack ``[B, N, K]``, by ``bf16i4bf16_rowwise_batched``.
+def bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
+    """``x [B, M, K] * act_pre_scale`` times a stack, by ``bf16i4bf16_rowwise_batched``.
 
     That op counts groups in the first dim of scales ``[B * n_groups, N]``; given the tensor's own
     ``[B, n_groups, N]`` it takes all of K for one group (42 to 49 % off, no error).
@@ -104,6 +104,7 @@ def bmm(x, qdata, scale, zero_point, group_size) -> Tensor:
     Raises:
         ValueError: a part is not contiguous.
     """
+    x = reference.pre_scaled(x, act_pre_scale)
     check_contiguous(x=x, qdata=qdata, scale=scale, zero_point=zero_point)
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], qdata.shape[1]))

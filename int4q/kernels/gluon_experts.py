@@ -22,8 +22,10 @@ def unsupported(problem) -> str | None:
     return unsupported_at_any_m(problem)
 
 
-def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -> Tensor:
-    """Rows of ``x [T, K]`` times the weight ``[N, K]`` of their expert: ``[T, N]``."""
+def _grouped(
+    x, rows: Rows, qdata, scale, zero_point, group_size, config=None, act_pre_scale=None
+) -> Tensor:
+    """Rows of ``x [T, K] * act_pre_scale`` times the weight of their expert: ``[T, N]``."""
     (T, K), (E, N) = x.shape, qdata.shape[:2]
     out = torch.empty((T, N), dtype=x.dtype, device=x.device)
     if E == 0 or out.numel() == 0:
@@ -37,7 +39,9 @@ def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -
         (2 * config.programs, config.block_n, config.block_m), dtype=torch.float32, device=x.device
     )
     counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    arranged, plan = plan_experts(x, rows, out, config.block_m, counters, pdl=True)
+    arranged, plan = plan_experts(
+        x, rows, out, config.block_m, counters, pdl=True, act_pre_scale=act_pre_scale
+    )
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
     _stream_kernel[(config.programs,)](
@@ -57,17 +61,30 @@ def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, config=None) -
 
 
 def int4_grouped_mm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, offs: Tensor
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    offs: Tensor,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Rows of ``x [T, K]`` sorted by expert; see ``triton_experts.int4_grouped_mm``."""
     rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
-    return _grouped(x, rows, qdata, scale, zero_point, group_size)
+    weight = qdata, scale, zero_point, group_size
+    return _grouped(x, rows, *weight, act_pre_scale=act_pre_scale)
 
 
 def int4_bmm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_experts.int4_bmm``."""
     rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
-    y = _grouped(x.flatten(0, 1), rows, qdata, scale, zero_point, group_size)
+    weight = qdata, scale, zero_point, group_size
+    y = _grouped(x.flatten(0, 1), rows, *weight, act_pre_scale=act_pre_scale)
     return y.view(*x.shape[:2], y.shape[1])

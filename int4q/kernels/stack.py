@@ -23,11 +23,11 @@ def _runner(op: str, x: Tensor, qdata: Tensor, scale: Tensor, M: int, group_size
     return registry.route(registry.preference(), *facts).run
 
 
-def _batched(op: str, x, qdata, scale, zero_point, group_size, width: int) -> Tensor:
+def _batched(op: str, x, qdata, scale, zero_point, group_size, width: int, *rest) -> Tensor:
     y = x.new_empty((*x.shape[:-1], width))
     run = _runner(op, x, qdata, scale, x.shape[1], group_size)
     for b in range(x.shape[0]):
-        y[b] = run(x[b], qdata[b], scale[b], zero_point[b], group_size)
+        y[b] = run(x[b], qdata[b], scale[b], zero_point[b], group_size, *rest)
     return y
 
 
@@ -42,18 +42,19 @@ def _ranges(offs: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _grouped(op: str, x, qdata, scale, zero_point, group_size, offs, width: int) -> Tensor:
+def _grouped(op: str, x, qdata, scale, zero_point, group_size, offs, width: int, *rest) -> Tensor:
     y = x.new_zeros((x.shape[0], width))
     for expert, start, end in _ranges(offs, x.shape[0]):
         run = _runner(op, x, qdata, scale, end - start, group_size)
         parts = qdata[expert], scale[expert], zero_point[expert]
-        y[start:end] = run(x[start:end], *parts, group_size)
+        y[start:end] = run(x[start:end], *parts, group_size, *rest)
     return y
 
 
-def bmm(x, qdata, scale, zero_point, group_size) -> Tensor:
-    """``x [B, M, K]`` times ``[B, N, K]``: ``[B, M, N]``."""
-    return _batched("int4_linear", x, qdata, scale, zero_point, group_size, qdata.shape[1])
+def bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
+    """``x [B, M, K] * act_pre_scale [K]`` times ``[B, N, K]``: ``[B, M, N]``."""
+    rest = qdata.shape[1], None, act_pre_scale
+    return _batched("int4_linear", x, qdata, scale, zero_point, group_size, *rest)
 
 
 def bmm_backward(grad, qdata, scale, zero_point, group_size) -> Tensor:
@@ -62,14 +63,16 @@ def bmm_backward(grad, qdata, scale, zero_point, group_size) -> Tensor:
     return _batched("int4_linear_backward", grad, qdata, scale, zero_point, group_size, K)
 
 
-def grouped_mm(x, qdata, scale, zero_point, group_size, offs) -> Tensor:
-    """Rows of ``x [T, K]`` sorted by expert, ends in ``offs [E]``, times ``[E, N, K]``: ``[T, N]``.
+def grouped_mm(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None) -> Tensor:
+    """Rows of ``x [T, K] * act_pre_scale [K]`` sorted by expert, times ``[E, N, K]``: ``[T, N]``.
+
+    The rows of an expert end at its entry of ``offs [E]``.
 
     Raises:
         ValueError: ``offs`` does not rise from 0 to at most T.
     """
     args = (x, qdata, scale, zero_point, group_size, offs)
-    return _grouped("int4_linear", *args, qdata.shape[1])
+    return _grouped("int4_linear", *args, qdata.shape[1], None, act_pre_scale)
 
 
 def grouped_mm_backward(grad, qdata, scale, zero_point, group_size, offs) -> Tensor:

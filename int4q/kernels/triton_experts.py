@@ -68,15 +68,17 @@ def _experts_kernel(
         store_transposed(out_ptr, acc, rows, cols, end, N, ON_GPU)
 
 
-def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size) -> Tensor:
-    """Rows of ``x [T, K]`` times the weight ``[N, K]`` of their expert: ``[T, N]``."""
+def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, act_pre_scale) -> Tensor:
+    """Rows of ``x [T, K] * act_pre_scale`` times the weight of their expert: ``[T, N]``."""
     (T, K), (E, N) = x.shape, qdata.shape[:2]
     out = torch.empty((T, N), dtype=x.dtype, device=x.device)
     if E == 0 or out.numel() == 0:
         return out.zero_()
     config = tuned.matmul_config(triton.cdiv(T, E), N, K, x.device)
     pdl = has_launch_overlap(x.device)
-    arranged, plan = plan_experts(x, rows, out, config.block_m, pdl=pdl)
+    arranged, plan = plan_experts(
+        x, rows, out, config.block_m, pdl=pdl, act_pre_scale=act_pre_scale
+    )
     words, pitch = flat_words(qdata)
     scale, zero = matched_stacks(scale, zero_point)
     tiles = rows.max_blocks(config.block_m) * triton.cdiv(N, config.block_n)
@@ -189,7 +191,13 @@ def _grouped_grad(grad, rows: Rows, qdata, scale, zero_point, group_size) -> Ten
 
 
 def int4_grouped_mm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, offs: Tensor
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    offs: Tensor,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """Rows sorted by expert times the weight of their expert.
 
@@ -199,12 +207,13 @@ def int4_grouped_mm(
         scale, zero_point: ``[E, K/group_size, N]``, any strides.
         offs: int32 ``[E]`` on the device, the end row of each expert. Not read by the host; an
             end before the one in front of it, or past T, counts as none and as T.
+        act_pre_scale: ``[K]``, multiplies x first.
 
     Returns:
         ``[T, N]`` in the dtype of x; rows past the last end are 0.
     """
     rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
-    return _grouped(x, rows, qdata, scale, zero_point, group_size)
+    return _grouped(x, rows, qdata, scale, zero_point, group_size, act_pre_scale)
 
 
 def int4_grouped_mm_backward(
@@ -216,11 +225,16 @@ def int4_grouped_mm_backward(
 
 
 def int4_bmm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``x [B, M, K]`` times a stack ``[B, N, K]`` (parts as above): ``[B, M, N]``."""
     rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
-    y = _grouped(x.flatten(0, 1), rows, qdata, scale, zero_point, group_size)
+    y = _grouped(x.flatten(0, 1), rows, qdata, scale, zero_point, group_size, act_pre_scale)
     return y.view(*x.shape[:2], y.shape[1])
 
 

@@ -102,13 +102,15 @@ def _zero_rows(out_ptr, first, T, N, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "n_counters", "n_entries", "rows_each"])
 def _arrange_experts_kernel(
     x_ptr,  # [T, K], strides below
+    pre_scale_ptr,  # [K] or unused
     arranged_ptr,  # [4, T, K/4] contiguous, see triton_arrange.py
     offs_ptr,  # int32 [E] or unused
     plan_ptr,  # see _write_plan
     counter_ptr,  # int32 [n_counters], set to 0
     out_ptr,  # [T, N]: rows past the last expert's are set to 0
     T, K, quarter, N, E, rows_each, n_entries, n_counters, stride_xm, stride_xk,
-    UNIFORM: tl.constexpr, ARRANGE: tl.constexpr, ON_GPU: tl.constexpr, PDL: tl.constexpr,
+    UNIFORM: tl.constexpr, ARRANGE: tl.constexpr, HAS_PRE_SCALE: tl.constexpr,
+    ON_GPU: tl.constexpr, PDL: tl.constexpr,
     PLAN_M: tl.constexpr, PAD_E: tl.constexpr, ENTRIES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +122,8 @@ def _arrange_experts_kernel(
     zero_counters(counter_ptr, n_counters)
     if ARRANGE:
         arrange_tile(
-            x_ptr, x_ptr, arranged_ptr, T, K, quarter, stride_xm, stride_xk, False, ON_GPU,
-            BLOCK_M, BLOCK_J,
+            x_ptr, pre_scale_ptr, arranged_ptr, T, K, quarter, stride_xm, stride_xk,
+            HAS_PRE_SCALE, ON_GPU, BLOCK_M, BLOCK_J,
         )  # fmt: skip
     if not UNIFORM:
         last = tl.minimum(tl.maximum(tl.load(offs_ptr + E - 1), 0), T)
@@ -136,14 +138,15 @@ def plan_experts(
     counters: Tensor | None = None,
     pdl: bool = False,
     arrange: bool = True,
+    act_pre_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """The arranged ``x [T, K]`` (see ``triton_arrange.py``) and the plan of its blocks.
+    """The arranged ``x [T, K]``, times ``act_pre_scale [K]``, and the plan of its blocks.
 
     Sets the rows of ``out`` that belong to no expert, and all ``counters``, to 0. With ``pdl``
     the kernel after must wait before it reads any of these. ``arrange=False`` leaves x alone.
 
     Returns:
-        ``[4, T, K/4]`` or ``None``, and int32 ``[1 + entries, 4]``.
+        ``[4, T, K/4]`` (see ``triton_arrange.py``) or ``None``, and int32 ``[1 + entries, 4]``.
     """
     T, K = x.shape
     n_entries = rows.max_blocks(block_m) + _AHEAD
@@ -156,11 +159,13 @@ def plan_experts(
         arranged = torch.empty((4, T, K // 4), dtype=x.dtype, device=x.device)
         programs = triton.cdiv(K // 4, block_j) * triton.cdiv(T, rows_a_program)
     _arrange_experts_kernel[(programs,)](
-        x, out if arranged is None else arranged, plan if rows.offs is None else rows.offs, plan,
+        x, x if act_pre_scale is None else act_pre_scale.contiguous(),
+        out if arranged is None else arranged, plan if rows.offs is None else rows.offs, plan,
         plan if counters is None else counters, out,
         T, K, K // 4, out.shape[1], rows.experts, T // rows.experts, n_entries,
         0 if counters is None else counters.numel(), *x.stride(),
-        UNIFORM=rows.offs is None, ARRANGE=arrange, ON_GPU=not INTERPRET, PDL=pdl,
+        UNIFORM=rows.offs is None, ARRANGE=arrange, HAS_PRE_SCALE=act_pre_scale is not None,
+        ON_GPU=not INTERPRET, PDL=pdl,
         PLAN_M=block_m, PAD_E=triton.next_power_of_2(rows.experts), ENTRIES=_BLOCK_ENTRIES,
         BLOCK_M=rows_a_program, BLOCK_J=block_j, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

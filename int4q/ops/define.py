@@ -121,6 +121,10 @@ def check_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_sca
     check_activation("x", x, qdata, 2 * qdata.shape[1])
     if bias is not None and bias.shape != (qdata.shape[0],):
         raise errors.value(f"bias must have shape [{qdata.shape[0]}]", errors.dims(bias.shape))
+    check_pre_scale(x, act_pre_scale)
+
+
+def check_pre_scale(x: Tensor, act_pre_scale: Tensor | None) -> None:
     if act_pre_scale is not None and act_pre_scale.numel() != x.shape[-1]:
         raise errors.value(
             f"act_pre_scale must have {x.shape[-1]} entries", errors.dims(act_pre_scale.shape)

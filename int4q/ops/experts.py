@@ -5,34 +5,44 @@ from __future__ import annotations
 import torch
 
 from int4q import errors
-from int4q.ops.define import WEIGHT, check_activation, check_weight, count_flops, define, kernel
-from int4q.ops.linear import save_weight
+from int4q.ops.define import (
+    WEIGHT,
+    check_activation,
+    check_pre_scale,
+    check_weight,
+    count_flops,
+    define,
+    kernel,
+)
 
 # --- int4_bmm: [B, M, K] x [B, N, K] -> [B, M, N] -----------------------------------------------
 
 
-def _check_bmm(name, x, qdata, scale, zero_point, group_size, last) -> None:
+def _check_bmm(name, x, qdata, scale, zero_point, group_size, last, act_pre_scale=None) -> None:
     check_weight(qdata, scale, zero_point, group_size, 3)
     if x.ndim != 3 or x.shape[0] != qdata.shape[0]:
         raise errors.value(f"{name} must be 3-D with batch {qdata.shape[0]}", errors.dims(x.shape))
     check_activation(name, x, qdata, last)
+    check_pre_scale(x, act_pre_scale)
 
 
-def _run(op: str, x, qdata, scale, zero_point, group_size, *offs):
+def _run(op: str, x, qdata, scale, zero_point, group_size, *rest):
     """The chosen kernel; M of the problem is the rows of all experts together."""
     E, N, half = qdata.shape
     M = x.numel() // max(1, x.shape[-1])
     run = kernel(op, x, scale, M, N, 2 * half, group_size, experts=E)
-    return run(x, qdata, scale, zero_point, group_size, *offs)
+    return run(x, qdata, scale, zero_point, group_size, *rest)
 
 
-def _int4_bmm(x, qdata, scale, zero_point, group_size):
-    _check_bmm("x", x, qdata, scale, zero_point, group_size, 2 * qdata.shape[-1])
-    return _run("int4_bmm", x, qdata, scale, zero_point, group_size)
+def _int4_bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None):
+    K = 2 * qdata.shape[-1]
+    _check_bmm("x", x, qdata, scale, zero_point, group_size, K, act_pre_scale)
+    return _run("int4_bmm", x, qdata, scale, zero_point, group_size, act_pre_scale)
 
 
-def _int4_bmm_fake(x, qdata, scale, zero_point, group_size):
-    _check_bmm("x", x, qdata, scale, zero_point, group_size, 2 * qdata.shape[-1])
+def _int4_bmm_fake(x, qdata, scale, zero_point, group_size, act_pre_scale=None):
+    K = 2 * qdata.shape[-1]
+    _check_bmm("x", x, qdata, scale, zero_point, group_size, K, act_pre_scale)
     return x.new_empty((*x.shape[:-1], qdata.shape[1]))
 
 
@@ -45,19 +55,34 @@ def _int4_bmm_backward_fake(grad, qdata, scale, zero_point, group_size):
     return grad.new_empty((*grad.shape[:-1], 2 * qdata.shape[2]))
 
 
+def _save_bmm(ctx, inputs, output):
+    _, *weight, ctx.group_size, act_pre_scale = inputs
+    ctx.save_for_backward(*weight, act_pre_scale)
+
+
 def _bmm_grad(ctx, grad):
-    args = (grad, *ctx.saved_tensors, ctx.group_size)
-    return torch.ops.int4q.int4_bmm_backward(*args), None, None, None, None
+    *weight, act_pre_scale = ctx.saved_tensors
+    grad_x = torch.ops.int4q.int4_bmm_backward(grad, *weight, ctx.group_size)
+    return _times(grad_x, act_pre_scale), None, None, None, None, None
+
+
+def _times(grad_x, act_pre_scale):
+    if act_pre_scale is None:
+        return grad_x
+    return grad_x * act_pre_scale.reshape(-1).to(grad_x.dtype)
 
 
 # --- int4_grouped_mm: rows of x sorted by expert ------------------------------------------------
 
 
-def _check_grouped(name, x, qdata, scale, zero_point, group_size, offs, last) -> None:
+def _check_grouped(
+    name, x, qdata, scale, zero_point, group_size, offs, last, act_pre_scale=None
+) -> None:
     check_weight(qdata, scale, zero_point, group_size, 3)
     if x.ndim != 2:
         raise errors.value(f"{name} must be 2-D", errors.dims(x.shape))
     check_activation(name, x, qdata, last)
+    check_pre_scale(x, act_pre_scale)
     if offs.dtype != torch.int32 or offs.shape != (qdata.shape[0],):
         raise errors.value(
             f"offs must be int32 [{qdata.shape[0]}], the end row of each expert",
@@ -67,15 +92,16 @@ def _check_grouped(name, x, qdata, scale, zero_point, group_size, offs, last) ->
         raise errors.value(f"offs must be on the weight's device {qdata.device}", offs.device)
 
 
-def _int4_grouped_mm(x, qdata, scale, zero_point, group_size, offs):
+def _int4_grouped_mm(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None):
     K = 2 * qdata.shape[-1]
-    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K)
-    return _run("int4_grouped_mm", x, qdata, scale, zero_point, group_size, offs)
+    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K, act_pre_scale)
+    rest = group_size, offs, act_pre_scale
+    return _run("int4_grouped_mm", x, qdata, scale, zero_point, *rest)
 
 
-def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs):
+def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None):
     K = 2 * qdata.shape[-1]
-    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K)
+    _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K, act_pre_scale)
     return x.new_empty((x.shape[0], qdata.shape[1]))
 
 
@@ -89,21 +115,26 @@ def _int4_grouped_mm_backward_fake(grad, qdata, scale, zero_point, group_size, o
 
 
 def _save_grouped(ctx, inputs, output):
-    *weight, offs = inputs
-    save_weight(ctx, weight, output)
-    ctx.save_for_backward(*weight[1:4], offs)
+    _, *weight, ctx.group_size, offs, act_pre_scale = inputs
+    ctx.save_for_backward(*weight, offs, act_pre_scale)
 
 
 def _grouped_grad(ctx, grad):
-    *weight, offs = ctx.saved_tensors
+    *weight, offs, act_pre_scale = ctx.saved_tensors
     grad_x = torch.ops.int4q.int4_grouped_mm_backward(grad, *weight, ctx.group_size, offs)
-    return grad_x, None, None, None, None, None
+    return _times(grad_x, act_pre_scale), None, None, None, None, None, None
 
 
-define(f"int4_bmm(Tensor x, {WEIGHT})", _int4_bmm, _int4_bmm_fake, _bmm_grad, save_weight)
+define(
+    f"int4_bmm(Tensor x, {WEIGHT}, Tensor? act_pre_scale=None)",
+    _int4_bmm,
+    _int4_bmm_fake,
+    _bmm_grad,
+    _save_bmm,
+)
 define(f"int4_bmm_backward(Tensor grad, {WEIGHT})", _int4_bmm_backward, _int4_bmm_backward_fake)
 define(
-    f"int4_grouped_mm(Tensor x, {WEIGHT}, Tensor offs)",
+    f"int4_grouped_mm(Tensor x, {WEIGHT}, Tensor offs, Tensor? act_pre_scale=None)",
     _int4_grouped_mm,
     _int4_grouped_mm_fake,
     _grouped_grad,

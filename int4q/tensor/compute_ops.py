@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from int4q import errors
 from int4q.kernels.fp8 import scaled_back
-from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.shape_ops import aliased, take, transpose
@@ -48,13 +47,13 @@ def _dequantized(w: Int4TensorBase, x: Tensor) -> Tensor:
     return w.dequantize(x.dtype)
 
 
-def _on_activation(x: Tensor, w: Int4TensorBase, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """``product`` of the activation scaled, and quantised to float8, as ``w`` asks."""
+def _on_activation(x: Tensor, w: Int4TensorBase, product: Callable[..., Tensor]) -> Tensor:
+    """``product(activation, act_pre_scale)``, the activation quantised to float8 if ``w`` asks."""
     x = _autocast(x)
     if w.activation_dtype != torch.float8_e4m3fn:
-        return product(pre_scaled(x, w.act_pre_scale))
+        return product(x, w.act_pre_scale)
     values, rows = torch.ops.int4q.fp8_rows(x, w.act_pre_scale)
-    return scaled_back(product(values), rows, None, x.dtype)
+    return scaled_back(product(values, None), rows, None, x.dtype)
 
 
 def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
@@ -117,7 +116,8 @@ def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
             f"{errors.dims(w.shape)} with block_size {w.block_size}",
         )
     weight = *w._weight_parts(), w.group_size
-    return _on_activation(x, w, lambda x: torch.ops.int4q.int4_bmm(x, *weight))
+    op = torch.ops.int4q.int4_bmm
+    return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
 
 
 def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=None, out_dtype=None):
@@ -136,7 +136,8 @@ def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=No
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
         weight = *w._weight_parts(), w.group_size, offs
-        y = _on_activation(x, w, lambda x: torch.ops.int4q.int4_grouped_mm(x, *weight))
+        op = torch.ops.int4q.int4_grouped_mm
+        y = _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
     else:
         raise errors.value(
             "grouped_mm takes x [T, K], w [E, K, N] grouped along K, and offs [E]",

@@ -192,6 +192,23 @@ def test_every_way_to_cut_the_decode_kernels(rows, config):
         check(y, grouped(x, weights(case, qdata, scale, zero, "cuda"), offs), "cuda", offs)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_act_pre_scale_multiplies_first(engine, dtype):
+    case = CASES[1]
+    x, qdata, scale, zero, offs = parts(case)
+    factor = (torch.rand(case.K, device="cuda") + 0.5).to(dtype)
+    scaled = x.float() * factor.float()
+    if engine != "cuda":  # the matrix kernels round the product, the decode kernels do not
+        scaled = scaled.to(x.dtype)
+    stack = qdata, scale, zero, case.group_size
+    y = ENGINES[engine].int4_grouped_mm(x, *stack, offs, factor)
+    check(y, grouped(scaled, weights(case, qdata, scale, zero, engine), offs), engine, offs)
+    x, scaled = (t[: 5 * case.E].unflatten(0, (case.E, 5)) for t in (x, scaled))
+    y = ENGINES[engine].int4_bmm(x, *stack, factor)
+    expected = scaled.double() @ weights(case, qdata, scale, zero, engine).mT
+    check(y.flatten(0, 1), expected.flatten(0, 1), engine)
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_float32(name):
     x, qdata, scale, zero, offs = parts(FLOAT32)
