@@ -1,6 +1,9 @@
 """Fixtures: the devices to run on, and uninitialised memory that shows."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,21 @@ import torch
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 
 LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+
+
+def run_in_interpreter(path: str) -> None:
+    """Run a test file in a process of its own, whose Triton is the interpreter.
+
+    Which Triton it is, is settled when Triton is first imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(path).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def pytest_collection_modifyitems(items):

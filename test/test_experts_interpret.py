@@ -7,25 +7,16 @@ a process of its own (see test_triton_interpret.py).
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_in_interpreter
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_under_the_interpreter():
         pytest.importorskip("triton")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_interpreter(__file__)
 
 else:
     from dataclasses import dataclass
@@ -84,17 +75,6 @@ else:
         error = (y.double() - expected).abs()
         bound = TOLERANCE[dtype] * (expected.abs() + expected.abs().mean())
         assert (error <= bound).all(), (error / bound).max()
-
-    @pytest.fixture(autouse=True)
-    def poisoned(monkeypatch):
-        """Fill fresh tensors: an element that no program writes fails."""
-        empty = torch.empty
-
-        def poison(*args, **kwargs):
-            out = empty(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(77)
-
-        monkeypatch.setattr(torch, "empty", poison)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_grouped_mm(case):

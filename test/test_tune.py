@@ -5,26 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_in_interpreter
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.importorskip("triton")
 
     def test_under_the_interpreter():
         """The tests below that run kernels, in a process where the interpreter does."""
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_interpreter(__file__)
 
 
 import int4q  # noqa: E402

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import int4q
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.bench import timing
 from int4q.bench.peers import PEERS
@@ -146,11 +144,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     missing = _PEER.missing() if peers is None or _PEER.name in peers else "left out"
     result = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "int4q": int4q.__version__,
+        **timing.machine(),
         "not_run": {_PEER.name: missing} if missing else {},
         "rows": [],
         "numerics": [],

@@ -11,13 +11,11 @@ import json
 import math
 import traceback
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import int4q
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.bench import timing
 from int4q.bench.experts_peers import BMM_PEERS, PEERS, ExpertsPeer
@@ -212,11 +210,7 @@ def run(
     every = [p for p in (*PEERS, *BMM_PEERS) if peers is None or p.name in peers]
     missing = {p.name: reason for p in every if (reason := p.missing())}
     result = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "int4q": int4q.__version__,
+        **timing.machine(),
         "not_installed": missing,
         "ceilings": timing.ceilings(),
         "rows": [],

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import int4q
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.bench import timing
 from int4q.bench.peers import PEERS, Peer
@@ -128,11 +126,7 @@ def run(
     wanted = [p for p in PEERS if peers is None or p.name in peers]
     missing = {p.name: reason for p in wanted if (reason := p.missing())}
     result = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "int4q": int4q.__version__,
+        **timing.machine(),
         "not_installed": missing,
         "ceilings": timing.ceilings(),
         "rows": [],

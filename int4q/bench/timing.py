@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from statistics import median
 
 import torch
+
+from int4q._version import __version__
 
 COLD_BYTES = 160 << 20
 """The copies of a weight that calls rotate over hold at least this much, 2.5 times an H200's L2."""
 REPLAYS = 7
 _GRAPH_CALLS = 24
 _LONG_US = 3000.0
+
+
+def machine() -> dict[str, str]:
+    """What a GPU result says of where it was measured: date, GPU and versions."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "int4q": __version__,
+    }
 
 
 def copies(weight_bytes: int) -> int:

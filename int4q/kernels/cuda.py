@@ -17,8 +17,6 @@ from int4q.kernels.registry import Kernel, KernelPreference, Problem
 
 _SLICE_BYTES = 64 << 20
 """Most memory for dequantised weights at a time in the gradient."""
-_SMALL_WEIGHT = 1 << 21
-"""Elements of a small weight: preparations and the filling of the device decide there."""
 _SMALL_BATCH_N, _SMALL_BATCH_K = 4224, 6144
 """Up to here the CUDA small-batch kernel beats the Gluon one. Measured: 5 to 20 % faster at
 4096 x 4096, 5 to 30 % slower at 4096 x 14336, 21504 x 5376 and 28672 x 4096; K interpolated."""
@@ -69,37 +67,39 @@ def _triton_kernel(name: str, module: str, function: str, check: str = "unsuppor
     return Kernel(name, KernelPreference.TRITON, unsupported, run)
 
 
+def _not_compiled() -> str | None:
+    """Why CUDA C++ cannot be compiled here; without any GPU the table says what would run."""
+    return _module("nvrtc").unavailable() if torch.cuda.is_available() else None
+
+
 def _decode_unsupported(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on cuda, not {problem.device}"
-    kernels = _module("cuda_decode")
     shape = problem.M, problem.N, problem.K, problem.group_size
     facts = problem.dtype, problem.scale_dtype, problem.capability
-    if reason := kernels.unsupported(*shape, *facts):
+    if reason := _module("cuda_decode").unsupported(*shape, *facts):
         return reason
     if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
         # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
-        small = problem.N * problem.K <= _SMALL_WEIGHT
+        small = problem.N * problem.K <= tuned.SMALL_WEIGHT
         if (problem.group_size < 128 and not small) or (problem.M > 12 and problem.N > 8192):
             return f"M={problem.M}: the wgmma kernel is faster for this shape"
-    # Without any GPU the table still says what would run on one.
-    return kernels.unavailable() if torch.cuda.is_available() else None
+    return _not_compiled()
 
 
 def _small_batch_unsupported(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on cuda, not {problem.device}"
-    kernels = _module("cuda_small_batch")
     M, N, K, group_size = problem.M, problem.N, problem.K, problem.group_size
     facts = problem.dtype, problem.scale_dtype, problem.capability
-    if reason := kernels.unsupported(M, N, K, group_size, *facts):
+    if reason := _module("cuda_small_batch").unsupported(M, N, K, group_size, *facts):
         return reason
-    small = N * K <= _SMALL_WEIGHT
+    small = N * K <= tuned.SMALL_WEIGHT
     if M <= 8 or (M <= 16 and group_size >= 128 and not small):
         return f"M={M}: the decode kernel is faster for this shape"
     if K > _SMALL_BATCH_K or (N > _SMALL_BATCH_N and not small):
         return f"N={N}, K={K}: the Gluon kernel is faster for this shape"
-    return kernels.unavailable() if torch.cuda.is_available() else None
+    return _not_compiled()
 
 
 def grad_input(
@@ -185,7 +185,7 @@ symmetric_dequantize = _triton_kernel("triton_dequantize", "triton_dequant", "de
 
 
 def _experts_unsupported(problem: Problem) -> str | None:
-    return _module("cuda_experts").unsupported(problem)
+    return _module("cuda_experts").unsupported(problem) or _not_compiled()
 
 
 decode_bmm = Kernel(

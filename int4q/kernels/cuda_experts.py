@@ -58,8 +58,7 @@ def unsupported(problem) -> str | None:
         return f"N={problem.N} must be a multiple of {ROW_UNIT}"
     if problem.M > MAX_MEAN_ROWS[problem.group_size] * problem.experts:
         return f"{problem.M} rows on {problem.experts} weights: the matrix kernels are faster"
-    # Without any GPU the table still says what would run on one.
-    return nvrtc.unavailable() if torch.cuda.is_available() else None
+    return None
 
 
 class _Plan:
@@ -187,7 +186,7 @@ def int4_grouped_mm(
     offs: Tensor,
     act_pre_scale: Tensor | None = None,
 ) -> Tensor:
-    """Rows of ``x [T, K]`` sorted by expert; see ``triton_experts.int4_grouped_mm``."""
+    """Rows of ``x [T, K]`` sorted by expert; see ``triton_plan.products``."""
     weight = qdata, scale, zero_point, group_size
     return _grouped(x, *weight, offs.contiguous(), act_pre_scale=act_pre_scale)
 
@@ -200,7 +199,7 @@ def int4_bmm(
     group_size: int,
     act_pre_scale: Tensor | None = None,
 ) -> Tensor:
-    """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_experts.int4_bmm``."""
+    """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_plan.products``."""
     weight = qdata, scale, zero_point, group_size
     y = _grouped(x.flatten(0, 1), *weight, None, act_pre_scale=act_pre_scale)
     return y.view(*x.shape[:2], y.shape[1])

@@ -130,11 +130,6 @@ def unsupported(
     return unsupported_shape(N, K, group_size)
 
 
-def unavailable() -> str | None:
-    """Why nothing can be compiled or launched on this machine; None if it can."""
-    return nvrtc.unavailable()
-
-
 def linear(
     x: Tensor,
     qdata: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from int4q.kernels import tuned
 from int4q.kernels.gluon_matmul import _stream_kernel, unsupported_at_any_m
 from int4q.kernels.gluon_tile import can_stage, descriptor, group_layout, spread_layout
-from int4q.kernels.triton_plan import Rows, flat_words, matched_stacks, plan_experts
+from int4q.kernels.triton_plan import Rows, flat_words, matched_stacks, plan_experts, products
 
 
 def unsupported(problem) -> str | None:
@@ -23,7 +23,7 @@ def unsupported(problem) -> str | None:
 
 
 def _grouped(
-    x, rows: Rows, qdata, scale, zero_point, group_size, config=None, act_pre_scale=None
+    x, rows: Rows, qdata, scale, zero_point, group_size, act_pre_scale=None, config=None
 ) -> Tensor:
     """Rows of ``x [T, K] * act_pre_scale`` times the weight of their expert: ``[T, N]``."""
     (T, K), (E, N) = x.shape, qdata.shape[:2]
@@ -60,31 +60,4 @@ def _grouped(
     return out
 
 
-def int4_grouped_mm(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    offs: Tensor,
-    act_pre_scale: Tensor | None = None,
-) -> Tensor:
-    """Rows of ``x [T, K]`` sorted by expert; see ``triton_experts.int4_grouped_mm``."""
-    rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
-    weight = qdata, scale, zero_point, group_size
-    return _grouped(x, rows, *weight, act_pre_scale=act_pre_scale)
-
-
-def int4_bmm(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    act_pre_scale: Tensor | None = None,
-) -> Tensor:
-    """``x [B, M, K]`` times a stack ``[B, N, K]``; see ``triton_experts.int4_bmm``."""
-    rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
-    weight = qdata, scale, zero_point, group_size
-    y = _grouped(x.flatten(0, 1), rows, *weight, act_pre_scale=act_pre_scale)
-    return y.view(*x.shape[:2], y.shape[1])
+int4_grouped_mm, int4_bmm = products(_grouped)

@@ -29,7 +29,14 @@ from int4q.kernels.triton_common import (
     wait_for_producer,
 )
 from int4q.kernels.triton_matmul import accumulate
-from int4q.kernels.triton_plan import Rows, flat_words, locate, matched_stacks, plan_experts
+from int4q.kernels.triton_plan import (
+    Rows,
+    flat_words,
+    locate,
+    matched_stacks,
+    plan_experts,
+    products,
+)
 
 
 def unsupported(problem) -> str | None:
@@ -68,7 +75,7 @@ def _experts_kernel(
         store_transposed(out_ptr, acc, rows, cols, end, N, ON_GPU)
 
 
-def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, act_pre_scale) -> Tensor:
+def _grouped(x, rows: Rows, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
     """Rows of ``x [T, K] * act_pre_scale`` times the weight of their expert: ``[T, N]``."""
     (T, K), (E, N) = x.shape, qdata.shape[:2]
     out = torch.empty((T, N), dtype=x.dtype, device=x.device)
@@ -187,61 +194,5 @@ def _grouped_grad(grad, rows: Rows, qdata, scale, zero_point, group_size) -> Ten
     return out
 
 
-# --- calls ------------------------------------------------------------------------------------
-
-
-def int4_grouped_mm(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    offs: Tensor,
-    act_pre_scale: Tensor | None = None,
-) -> Tensor:
-    """Rows sorted by expert times the weight of their expert.
-
-    Args:
-        x: ``[T, K]`` bfloat16, float16 or float32, any strides.
-        qdata: int8 ``[E, N, K/2]``, two's complement nibbles.
-        scale, zero_point: ``[E, K/group_size, N]``, any strides.
-        offs: int32 ``[E]`` on the device, the end row of each expert. Not read by the host; an
-            end before the one in front of it, or past T, counts as none and as T.
-        act_pre_scale: ``[K]``, multiplies x first.
-
-    Returns:
-        ``[T, N]`` in the dtype of x; rows past the last end are 0.
-    """
-    rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
-    return _grouped(x, rows, qdata, scale, zero_point, group_size, act_pre_scale)
-
-
-def int4_grouped_mm_backward(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, offs: Tensor
-) -> Tensor:
-    """What :func:`int4_grouped_mm` passes back to ``x``: ``grad [T, N]`` to ``[T, K]``."""
-    rows = Rows(grad.shape[0], qdata.shape[0], offs.contiguous())
-    return _grouped_grad(grad, rows, qdata, scale, zero_point, group_size)
-
-
-def int4_bmm(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    act_pre_scale: Tensor | None = None,
-) -> Tensor:
-    """``x [B, M, K]`` times a stack ``[B, N, K]`` (parts as above): ``[B, M, N]``."""
-    rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
-    y = _grouped(x.flatten(0, 1), rows, qdata, scale, zero_point, group_size, act_pre_scale)
-    return y.view(*x.shape[:2], y.shape[1])
-
-
-def int4_bmm_backward(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
-) -> Tensor:
-    """What :func:`int4_bmm` passes back to ``x``: ``grad [B, M, N]`` to ``[B, M, K]``."""
-    rows = Rows(grad.shape[0] * grad.shape[1], grad.shape[0])
-    y = _grouped_grad(grad.flatten(0, 1), rows, qdata, scale, zero_point, group_size)
-    return y.view(*grad.shape[:2], y.shape[1])
+int4_grouped_mm, int4_bmm = products(_grouped)
+int4_grouped_mm_backward, int4_bmm_backward = products(_grouped_grad)

@@ -10,6 +10,7 @@ neighbours, which read it from L2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -222,3 +223,35 @@ def matched_stacks(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         return scale, zero_point
     dtype = torch.promote_types(scale.dtype, zero_point.dtype)
     return scale.to(dtype), zero_point.to(dtype)
+
+
+def products(rows_times: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
+    """The grouped and the batched product, out of one of rows with the weights of their experts.
+
+    Args:
+        rows_times: ``(x [T, K], rows, qdata, scale, zero_point, group_size, ...) -> [T, N]``
+            (a gradient: ``[T, N]`` to ``[T, K]``).
+
+    Returns:
+        ``grouped(x [T, K], qdata, scale, zero_point, group_size, offs, ...) -> [T, N]`` and
+        ``batched(x [B, M, K], qdata, scale, zero_point, group_size, ...) -> [B, M, N]``, for
+
+        * x: bfloat16, float16 or float32, any strides;
+        * qdata: int8 ``[E, N, K/2]``, two's complement nibbles;
+        * scale, zero_point: ``[E, K/group_size, N]``, any strides;
+        * offs: int32 ``[E]`` on the device, the end row of each expert. Not read by the host; an
+          end before the one in front of it, or past T, counts as none and as T; rows past the
+          last end give 0;
+        * more (``act_pre_scale [K]``, which multiplies x first) goes to ``rows_times``.
+    """
+
+    def grouped(x, qdata, scale, zero_point, group_size, offs, *rest) -> Tensor:
+        rows = Rows(x.shape[0], qdata.shape[0], offs.contiguous())
+        return rows_times(x, rows, qdata, scale, zero_point, group_size, *rest)
+
+    def batched(x, *weight) -> Tensor:
+        rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
+        y = rows_times(x.flatten(0, 1), rows, *weight)
+        return y.view(*x.shape[:2], y.shape[1])
+
+    return grouped, batched

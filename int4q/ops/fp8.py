@@ -8,7 +8,7 @@ from int4q import errors
 from int4q.kernels import fp8, registry
 from int4q.kernels.reference import fp8_values_dtype
 from int4q.ops.define import ACTIVATION_DTYPES, WEIGHT, check_linear, count_flops, define, run_2d
-from int4q.ops.linear import linear_grad, save_linear
+from int4q.ops.linear import linear_fake, linear_grad, save_linear
 
 # --- fp8_rows: x [.., K] -> values [.., K], rows [.., 1] -----------------------------------------
 
@@ -61,11 +61,6 @@ def _int4_linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre
     return run_2d("int4_linear_fp8", x, qdata, scale, group_size, *rest)
 
 
-def _int4_linear_fp8_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
-    check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
-    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
-
-
 define(
     "fp8_rows(Tensor x, Tensor? act_pre_scale=None)",
     _fp8_rows,
@@ -77,7 +72,7 @@ define(
 define(
     f"int4_linear_fp8(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
     _int4_linear_fp8,
-    _int4_linear_fp8_fake,
+    linear_fake,
     linear_grad,
     save_linear,
 )

@@ -24,7 +24,7 @@ def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_sca
     return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
 
 
-def _int4_linear_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
+def linear_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
     check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
@@ -38,11 +38,6 @@ def _int4_linear_backward(grad, qdata, scale, zero_point, group_size):
 
 def _int4_linear_backward_fake(grad, qdata, scale, zero_point, group_size):
     return grad.new_empty((*grad.shape[:-1], 2 * qdata.shape[1]))
-
-
-def save_weight(ctx, inputs, output):
-    _, qdata, scale, zero_point, ctx.group_size, *_ = inputs
-    ctx.save_for_backward(qdata, scale, zero_point)
 
 
 def save_linear(ctx, inputs, output):
@@ -186,7 +181,7 @@ def coalesced_linear(
 define(
     f"int4_linear(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
     _int4_linear,
-    _int4_linear_fake,
+    linear_fake,
     linear_grad,
     save_linear,
 )
