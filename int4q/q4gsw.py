@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from int4q import errors, qparams
 from int4q.kernels import reference
+from int4q.kernels.weight import Weight
 from int4q.packing import offset_to_signed, signed_to_offset, symmetric_parts
 from int4q.tensor import Int4Tensor
 from int4q.tensor.base import Int4TensorBase
@@ -73,10 +74,9 @@ def to_linear(packed: Q4gsw) -> nn.Linear:
     """A float32 ``nn.Linear`` that holds the dequantised weight."""
     N, K = packed.weights.shape[0], 2 * packed.weights.shape[1]
     linear = nn.Linear(K, N, bias=packed.bias is not None, device="meta")
-    signed = offset_to_signed(packed.weights).view(torch.int8)
-    zeros = torch.zeros_like(packed.weight_scales)
-    parts = signed, packed.weight_scales, zeros, packed.group_size
-    linear.weight = nn.Parameter(reference.dequantize(*parts, torch.float32))
+    parts = packed.weights.view(torch.int8), packed.weight_scales, None, packed.group_size
+    weight = Weight(*parts, signed=False)
+    linear.weight = nn.Parameter(reference.dequantize(weight, torch.float32))
     if packed.bias is not None:
         linear.bias = nn.Parameter(packed.bias.clone())
     return linear

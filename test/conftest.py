@@ -1,31 +1,10 @@
 """Fixtures: the devices to run on, and uninitialised memory that shows."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from int4q import CudaCoalescedInt4Tensor, Int4Tensor
-
-LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
-
-
-def run_in_interpreter(path: str) -> None:
-    """Run a test file in a process of its own, whose Triton is the interpreter.
-
-    Which Triton it is, is settled when Triton is first imported.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(path).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+from helpers import LAYOUTS
 
 
 def pytest_collection_modifyitems(items):
@@ -50,7 +29,7 @@ def layout(request):
 def webgpu():
     """The default WebGPU adapter. Without one a test is skipped, or fails where
     INT4Q_REQUIRE_WEBGPU=1 says that there must be one."""
-    from int4q.kernels import webgpu_device
+    from int4q.kernels.webgpu import device as webgpu_device
 
     if reason := webgpu_device.unavailable():
         required = os.environ.get("INT4Q_REQUIRE_WEBGPU") == "1"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchao.quantization
-from conftest import LAYOUTS
+from helpers import LAYOUTS
 from torch import nn
 from torchao.quantization import FqnToConfig
 

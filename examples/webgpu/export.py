@@ -154,7 +154,7 @@ def write(out: Path, group_size: int, count: int) -> None:
     shaders = out / "wgsl"
     shaders.mkdir(exist_ok=True)
     for name in SHADERS:
-        text = (resources.files("int4q.kernels") / "wgsl" / name).read_bytes()
+        text = (resources.files("int4q.kernels.webgpu") / name).read_bytes()
         (shaders / name).write_bytes(text)
 
 

@@ -1,4 +1,4 @@
-// linear_q4gsw in a browser: what int4q/kernels/webgpu.py does, on the same .wgsl files.
+// linear_q4gsw in a browser: what int4q/kernels/webgpu/linear.py does, on the same .wgsl files.
 
 const DECODE_MAX_ROWS = 8;
 const COLUMNS = 8;

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 import int4q
 from int4q import CpuPackedInt4Tensor, Int4Tensor
-from int4q.kernels import native_cpu, registry
+from int4q.kernels import registry
+from int4q.kernels.cpu import native as native_cpu
 from int4q.kernels.registry import Problem
 
 SHAPES = [(4096, 4096), (8192, 2048)]  # N, K

@@ -25,7 +25,8 @@ from int4q.bench import timing
 from int4q.bench.peers import PEERS
 from int4q.bench.report import geometric_mean
 from int4q.bench.shapes import GROUPS, Shape
-from int4q.kernels import cuda_decode, tuned
+from int4q.kernels.cuda import decode as cuda_decode
+from int4q.kernels.triton import tuned
 
 SHAPES = (
     Shape(21504, 5376, "Gemma 3 27B gate_proj or up_proj"),
@@ -47,7 +48,7 @@ _TOLERANCE = {"C++ W4A16": 6e-3}
 def engine(name: str) -> Callable[..., Tensor]:
     """``(x, qdata, scale, zero_point, group_size) -> y`` of an entry of ``ENGINES``."""
     if name.startswith("Triton"):
-        from int4q.kernels import triton_w4a8
+        from int4q.kernels.triton import w4a8 as triton_w4a8
 
         return triton_w4a8.linear
     dtype = torch.int8 if name.endswith("A8") else torch.bfloat16

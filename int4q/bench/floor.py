@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from int4q.bench import timing
-from int4q.kernels.triton_common import has_launch_overlap
+from int4q.kernels.triton.common import has_launch_overlap
 
 _SHAPES = ((4, 4), (8, 4), (16, 4), (8, 8))
 """16-byte loads a thread, and warps a program, of which the fastest counts."""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from int4q.bench import q4gsw_sweep as sweep
-from int4q.kernels import linear_q4gsw, webgpu_device
+from int4q.kernels import linear_q4gsw
 from int4q.kernels.webgpu import WebGPULinear
+from int4q.kernels.webgpu import device as webgpu_device
 
 CALLS = 5
 LONG_SECONDS = 2.0

@@ -24,7 +24,7 @@ import torch
 import int4q
 from int4q.bench.q4gsw_sweep import ramp
 from int4q.kernels.webgpu import COLUMNS, WebGPULinear
-from int4q.kernels.webgpu_device import Gpu, default_gpu
+from int4q.kernels.webgpu.device import Gpu, default_gpu
 
 PREFILL = (4096, 2048, 2048)  # M, K, N
 SHAPES = {"gate_up_proj": (2048, 8192), "lm_head": (2048, 128256)}  # K, N

@@ -18,6 +18,7 @@ from torch import Tensor
 from int4q import errors
 from int4q.kernels import fp8, reference
 from int4q.kernels.registry import Kernel, KernelPreference, Problem
+from int4q.kernels.weight import Weight
 
 SMALLEST_GROUP = {torch.bfloat16: 64, torch.float8_e4m3fn: 128}
 """Activation -> smallest right group: the depth of a K tile, which takes its scales from one row.
@@ -81,21 +82,22 @@ def check_contiguous(**parts: Tensor) -> None:
             )
 
 
-def linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias=None, act_pre_scale=None) -> Tensor:
     """``x [M, K] @ W.T`` by ``bf16i4bf16_rowwise``: weights rounded to bfloat16.
 
     Raises:
         ValueError: a part is not contiguous.
     """
     x = reference.pre_scaled(x, act_pre_scale)
+    qdata, scale, zero_point = weight[:3]
     check_contiguous(x=x, qdata=qdata, scale=scale, zero_point=zero_point)
     if x.shape[0] == 0:
-        return x.new_empty((0, qdata.shape[0]))
+        return x.new_empty((0, weight.N))
     y = torch.ops.fbgemm.bf16i4bf16_rowwise(x, qdata, scale, zero_point)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
+def bmm(x: Tensor, weight: Weight, act_pre_scale=None) -> Tensor:
     """``x [B, M, K] * act_pre_scale`` times a stack, by ``bf16i4bf16_rowwise_batched``.
 
     That op counts groups in the first dim of scales ``[B * n_groups, N]``; given the tensor's own
@@ -105,14 +107,15 @@ def bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
         ValueError: a part is not contiguous.
     """
     x = reference.pre_scaled(x, act_pre_scale)
+    qdata, scale, zero_point = weight[:3]
     check_contiguous(x=x, qdata=qdata, scale=scale, zero_point=zero_point)
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], qdata.shape[1]))
+        return x.new_empty((*x.shape[:-1], weight.N))
     groups = scale.flatten(0, 1), zero_point.flatten(0, 1)
     return torch.ops.fbgemm.bf16i4bf16_rowwise_batched(x, qdata, *groups)
 
 
-def linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None) -> Tensor:
+def linear_fp8(x: Tensor, weight: Weight, bias=None, act_pre_scale=None) -> Tensor:
     """:func:`reference.linear_fp8` by ``f8i4bf16_rowwise``, which rounds weights to e4m3 too.
 
     That costs 2.7 to 3.4 % of the result, as much again as the activation's own rounding.
@@ -120,6 +123,7 @@ def linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale
     Raises:
         ValueError: a part is not contiguous.
     """
+    qdata, scale, zero_point = weight[:3]
     check_contiguous(qdata=qdata, scale=scale, zero_point=zero_point)
     values, rows = fp8.quantize_rows(x, act_pre_scale, KernelPreference.FBGEMM)
     values = values.to(torch.float8_e4m3fn)
@@ -128,6 +132,6 @@ def linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale
     return y.to(x.dtype)
 
 
-rowwise = Kernel("fbgemm_rowwise", KernelPreference.FBGEMM, unsupported, linear)
-rowwise_batched = Kernel("fbgemm_rowwise_batched", KernelPreference.FBGEMM, unsupported, bmm)
-rowwise_fp8 = Kernel("fbgemm_rowwise_fp8", KernelPreference.FBGEMM, unsupported_fp8, linear_fp8)
+ROWWISE = Kernel("fbgemm_rowwise", KernelPreference.FBGEMM, unsupported, linear)
+ROWWISE_BATCHED = Kernel("fbgemm_rowwise_batched", KernelPreference.FBGEMM, unsupported, bmm)
+ROWWISE_FP8 = Kernel("fbgemm_rowwise_fp8", KernelPreference.FBGEMM, unsupported_fp8, linear_fp8)

@@ -48,9 +48,9 @@ def on_fp8_rows(kernel: Kernel) -> Kernel:
         dtype = fp8_values_dtype(problem.dtype)
         return kernel.unsupported(replace(problem, op="int4_linear", dtype=dtype))
 
-    def run(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None) -> Tensor:
+    def run(x, weight, bias=None, act_pre_scale=None) -> Tensor:
         values, rows = quantize_rows(x, act_pre_scale, kernel.backend)
-        y = kernel.run(values, qdata, scale, zero_point, group_size, None, None)
+        y = kernel.run(values, weight, None, None)
         return scaled_back(y, rows, bias, x.dtype)
 
     return Kernel(f"fp8_rows+{kernel.name}", kernel.backend, unsupported, run)

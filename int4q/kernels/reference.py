@@ -1,7 +1,5 @@
 """Plain torch, any device: the definition of right for every op.
 
-Weights here are parts: ``qdata`` int8 ``[N, K/2]`` (signed nibbles), ``scale`` and
-``zero_point`` indexed ``[n_groups, N]`` with any strides, ``value = q * scale + zero_point``.
 Nothing here is in a hurry; what is fast lives beside it and is tested against it.
 """
 
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int4q.kernels.weight import Weight
 from int4q.packing import offset_to_signed, unpack_nibbles
 
 INT8_BLOCK = 32
@@ -21,24 +20,23 @@ FP8_SMALLEST_AMAX = 1e-12
 """What the largest element of a row counts at least, so that a row of zeros has a scale."""
 
 
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """``q * scale + zero_point`` in float32 (float64 for that dtype), rounded once.
 
     Args:
-        qdata: int8 ``[..., N, K/2]``.
-        scale, zero_point: ``[..., n_groups, N]``.
+        weight: a matrix ``[N, K]`` or a stack of any number of leading dims.
         dtype: of the result.
 
     Returns:
-        ``[..., N, K]``.
+        ``[.., N, K]``.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    q = unpack_nibbles(qdata).to(compute).unflatten(-1, (-1, group_size))
-    s = scale.transpose(-1, -2).to(compute).unsqueeze(-1)
-    z = zero_point.transpose(-1, -2).to(compute).unsqueeze(-1)
-    return (q * s + z).flatten(-2).to(dtype)
+    qdata = weight.qdata if weight.signed else offset_to_signed(weight.qdata)
+    values = unpack_nibbles(qdata).to(compute).unflatten(-1, (-1, weight.group_size))
+    values = values * weight.scale.transpose(-1, -2).to(compute).unsqueeze(-1)
+    if weight.zero_point is not None:
+        values = values + weight.zero_point.transpose(-1, -2).to(compute).unsqueeze(-1)
+    return values.flatten(-2).to(dtype)
 
 
 def compute_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
@@ -52,34 +50,45 @@ def pre_scaled(x: Tensor, act_pre_scale: Tensor | None) -> Tensor:
 
 
 def linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
 ) -> Tensor:
-    """``(x * act_pre_scale) [M, K] @ W.T + bias``, the weight dequantised to the compute dtype.
+    """``(x * act_pre_scale) @ W.T + bias``, the weight dequantised to the compute dtype.
+
+    Args:
+        x: floating ``[M, K]``.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
     """
-    dtype = compute_dtype(x, scale)
-    w = dequantize(qdata, scale, zero_point, group_size, dtype)
+    return _dense(x, dequantize(weight, compute_dtype(x, weight.scale)), bias, act_pre_scale)
+
+
+def linear_rounded(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ W.T`` with weights rounded to ``x``'s dtype and float32 sums: ``[M, N]``."""
+    return _dense(x, dequantize(weight, x.dtype).float())
+
+
+def linear_float32(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ W.T`` with weights and sums in float32: ``[M, N]`` in ``x.dtype``."""
+    return _dense(x, dequantize(weight, torch.float32))
+
+
+def _dense(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
+) -> Tensor:
+    """A linear in the dtype of ``w``, rounded to that of ``x``."""
     y = F.linear(
-        pre_scaled(x, act_pre_scale).to(dtype), w, None if bias is None else bias.to(dtype)
+        pre_scaled(x, act_pre_scale).to(w.dtype), w, None if bias is None else bias.to(w.dtype)
     )
     return y.to(x.dtype)
 
 
-def grad_input(
-    grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
-) -> Tensor:
+def grad_input(grad: Tensor, weight: Weight) -> Tensor:
     """``grad [M, N] @ W``: what :func:`linear` passes back to ``x``; ``[M, K]``."""
-    dtype = compute_dtype(grad, scale)
-    w = dequantize(qdata, scale, zero_point, group_size, dtype)
-    return (grad.to(dtype) @ w).to(grad.dtype)
+    dtype = compute_dtype(grad, weight.scale)
+    return (grad.to(dtype) @ dequantize(weight, dtype)).to(grad.dtype)
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,13 +127,7 @@ def int8_dots(xq: Tensor, qdata: Tensor) -> Tensor:
 
 
 def linear_int8(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
 ) -> Tensor:
     """W4A8: int32 dot products of int8 activations and 4-bit weights, scaled in float32.
 
@@ -137,11 +140,11 @@ def linear_int8(
     """
     scaled = x if act_pre_scale is None else x.float() * act_pre_scale.reshape(-1).float()
     xq, d = quantize_activation(scaled)
-    dot = int8_dots(xq, qdata).float()
+    dot = int8_dots(xq, weight.qdata).float()
     total = xq.sum(dim=-1, dtype=torch.int32).float()
-    per_group = group_size // INT8_BLOCK
-    s = scale.float().repeat_interleave(per_group, dim=0)
-    z = zero_point.float().repeat_interleave(per_group, dim=0)
+    per_group = weight.group_size // INT8_BLOCK
+    s = weight.scale.float().repeat_interleave(per_group, dim=0)
+    z = weight.zero_point.float().repeat_interleave(per_group, dim=0)
     y = (d.unsqueeze(-1) * (dot * s + total.unsqueeze(-1) * z)).sum(dim=1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -174,13 +177,7 @@ def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def linear_fp8(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
 ) -> Tensor:
     """``rows * (values @ W.T) + bias`` with :func:`fp8_rows` and the weight in float32.
 
@@ -188,65 +185,5 @@ def linear_fp8(
         ``[M, N]`` in ``x.dtype``.
     """
     values, rows = fp8_rows(x, act_pre_scale)
-    w = dequantize(qdata, scale, zero_point, group_size, torch.float32)
-    y = F.linear(values.float(), w) * rows
+    y = F.linear(values.float(), dequantize(weight, torch.float32)) * rows
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def _symmetric_values(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    """float32 ``[N, K]``: ``(u - 8) * scale``."""
-    q = unpack_nibbles(offset_to_signed(w_packed)).float().unflatten(-1, (-1, group_size))
-    return (q * w_scale.float().unsqueeze(-1)).flatten(-2)
-
-
-def dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    """``(u - 8) * scale`` in float32, rounded once to bfloat16.
-
-    Args:
-        w_packed: int8 ``[N, K/2]``, offset-binary nibbles ``u``.
-        w_scale: ``[N, K/group_size]``.
-
-    Returns:
-        bfloat16 ``[N, K]``.
-    """
-    return _symmetric_values(w_packed, w_scale, group_size).to(torch.bfloat16)
-
-
-def linear_q4gsw(
-    x: Tensor,
-    weights: Tensor,
-    weight_scales: Tensor,
-    group_size: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``x [M, K] @ W.T + bias`` in ``x.dtype`` with ``W = (u - 8) * scale`` in float32.
-
-    Args:
-        weights: uint8 ``[N, K/2]``, offset-binary nibbles ``u``.
-        weight_scales: ``[K/group_size, N]``.
-    """
-    return F.linear(x, _q4gsw_values(weights, weight_scales, group_size, x.dtype), bias)
-
-
-def linear_q4gsw_grad(
-    grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size: int
-) -> Tensor:
-    """``grad [M, N] @ W``: what :func:`linear_q4gsw` passes back to ``x``; ``[M, K]``."""
-    return grad @ _q4gsw_values(weights, weight_scales, group_size, grad.dtype)
-
-
-def _q4gsw_values(
-    weights: Tensor, weight_scales: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    return _symmetric_values(weights.view(torch.int8), weight_scales.mT, group_size).to(dtype)
-
-
-def matmul_symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    """``x [M, K] @ W.T`` with weights rounded to bfloat16 and float32 sums; ``[M, N]``."""
-    w = dequantize_symmetric(w_packed, w_scale, group_size)
-    return F.linear(x.float(), w.float()).to(x.dtype)
-
-
-def matvec_symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    """``x [1, K] @ W.T`` with weights and sums in float32; ``[1, N]``."""
-    return F.linear(x.float(), _symmetric_values(w_packed, w_scale, group_size)).to(x.dtype)

@@ -13,21 +13,22 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.kernels import registry
+from int4q.kernels.weight import Weight
 
 
-def _runner(op: str, x: Tensor, qdata: Tensor, scale: Tensor, M: int, group_size: int) -> Callable:
+def _runner(op: str, x: Tensor, weight: Weight, M: int) -> Callable:
     """The kernel of ``op`` on ``M`` rows and one weight of the stack."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    N, K = qdata.shape[1], 2 * qdata.shape[2]
-    facts = (op, x.device.type, x.dtype, scale.dtype, M, N, K, group_size, capability)
+    shape = M, weight.N, weight.K, weight.group_size
+    facts = (op, x.device.type, x.dtype, weight.scale.dtype, *shape, capability)
     return registry.route(registry.preference(), *facts).run
 
 
-def _batched(op: str, x, qdata, scale, zero_point, group_size, width: int, *rest) -> Tensor:
+def _batched(op: str, x: Tensor, weight: Weight, width: int, *rest) -> Tensor:
     y = x.new_empty((*x.shape[:-1], width))
-    run = _runner(op, x, qdata, scale, x.shape[1], group_size)
+    run = _runner(op, x, weight, x.shape[1])
     for b in range(x.shape[0]):
-        y[b] = run(x[b], qdata[b], scale[b], zero_point[b], group_size, *rest)
+        y[b] = run(x[b], weight.expert(b), *rest)
     return y
 
 
@@ -42,28 +43,27 @@ def _ranges(offs: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _grouped(op: str, x, qdata, scale, zero_point, group_size, offs, width: int, *rest) -> Tensor:
+def _grouped(op: str, x: Tensor, weight: Weight, offs: Tensor, width: int, *rest) -> Tensor:
     y = x.new_zeros((x.shape[0], width))
     for expert, start, end in _ranges(offs, x.shape[0]):
-        run = _runner(op, x, qdata, scale, end - start, group_size)
-        parts = qdata[expert], scale[expert], zero_point[expert]
-        y[start:end] = run(x[start:end], *parts, group_size, *rest)
+        run = _runner(op, x, weight, end - start)
+        y[start:end] = run(x[start:end], weight.expert(expert), *rest)
     return y
 
 
-def bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None) -> Tensor:
+def bmm(x: Tensor, weight: Weight, act_pre_scale: Tensor | None = None) -> Tensor:
     """``x [B, M, K] * act_pre_scale [K]`` times ``[B, N, K]``: ``[B, M, N]``."""
-    rest = qdata.shape[1], None, act_pre_scale
-    return _batched("int4_linear", x, qdata, scale, zero_point, group_size, *rest)
+    return _batched("int4_linear", x, weight, weight.N, None, act_pre_scale)
 
 
-def bmm_backward(grad, qdata, scale, zero_point, group_size) -> Tensor:
+def bmm_backward(grad: Tensor, weight: Weight) -> Tensor:
     """``grad [B, M, N]`` times ``[B, N, K]``: ``[B, M, K]``."""
-    K = 2 * qdata.shape[2]
-    return _batched("int4_linear_backward", grad, qdata, scale, zero_point, group_size, K)
+    return _batched("int4_linear_backward", grad, weight, weight.K)
 
 
-def grouped_mm(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None) -> Tensor:
+def grouped_mm(
+    x: Tensor, weight: Weight, offs: Tensor, act_pre_scale: Tensor | None = None
+) -> Tensor:
     """Rows of ``x [T, K] * act_pre_scale [K]`` sorted by expert, times ``[E, N, K]``: ``[T, N]``.
 
     The rows of an expert end at its entry of ``offs [E]``.
@@ -71,11 +71,9 @@ def grouped_mm(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None
     Raises:
         ValueError: ``offs`` does not rise from 0 to at most T.
     """
-    args = (x, qdata, scale, zero_point, group_size, offs)
-    return _grouped("int4_linear", *args, qdata.shape[1], None, act_pre_scale)
+    return _grouped("int4_linear", x, weight, offs, weight.N, None, act_pre_scale)
 
 
-def grouped_mm_backward(grad, qdata, scale, zero_point, group_size, offs) -> Tensor:
+def grouped_mm_backward(grad: Tensor, weight: Weight, offs: Tensor) -> Tensor:
     """``grad [T, N]`` times the weight of each row's expert: ``[T, K]``."""
-    args = (grad, qdata, scale, zero_point, group_size, offs)
-    return _grouped("int4_linear_backward", *args, 2 * qdata.shape[2])
+    return _grouped("int4_linear_backward", grad, weight, offs, weight.K)

@@ -6,7 +6,7 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 
 from __future__ import annotations
 
-from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack
+from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack, triton
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
 INT8_MAX_M = 8
@@ -27,25 +27,25 @@ def _reference(run, name: str = "reference") -> Kernel:
 
 
 W4A16 = (
-    cuda.small_batch,
-    cuda.decode,
-    cuda.gluon,
-    cuda.dequantized,
-    cuda.matvec,
-    cuda.matmul,
-    cpu.native,
-    cpu.blocked,
+    cuda.SMALL_BATCH,
+    cuda.DECODE,
+    triton.GLUON,
+    triton.DEQUANTIZED,
+    triton.MATVEC,
+    triton.MATMUL,
+    cpu.NATIVE,
+    cpu.BLOCKED,
     _reference(reference.linear),
 )
 
 # fbgemm comes after the reference, which never refuses: it runs where it is asked for only.
-register("int4_linear", *W4A16, fbgemm.rowwise)
-register("int4_linear_fp8", *(fp8.on_fp8_rows(kernel) for kernel in W4A16), fbgemm.rowwise_fp8)
-register(fp8.ROWS, cuda.fp8_rows, _reference(reference.fp8_rows))
+register("int4_linear", *W4A16, fbgemm.ROWWISE)
+register("int4_linear_fp8", *(fp8.on_fp8_rows(kernel) for kernel in W4A16), fbgemm.ROWWISE_FP8)
+register(fp8.ROWS, triton.FP8_ROWS, _reference(reference.fp8_rows))
 register(
     "int4_plain_mm",
-    _up_to_int8_rows(cuda.decode_int8),
-    _up_to_int8_rows(cuda.triton_int8),
+    _up_to_int8_rows(cuda.DECODE_INT8),
+    _up_to_int8_rows(triton.INT8),
     _up_to_int8_rows(_reference(reference.linear_int8, "reference_w4a8")),
     *W4A16,
 )
@@ -54,8 +54,8 @@ register(
 register("int4_plain_mm_w4a16", *W4A16)
 register(
     "int4_linear_backward",
-    cuda.gradient,
-    cpu.blocked_grad,
+    triton.GRADIENT,
+    cpu.BLOCKED_GRADIENT,
     _reference(reference.grad_input),
 )
 
@@ -63,63 +63,66 @@ register(
 ONE_BY_ONE = "one_by_one"
 register(
     "int4_bmm",
-    cuda.decode_bmm,
-    cuda.stream_bmm,
-    cuda.bmm,
+    cuda.EXPERTS_BMM,
+    triton.STREAM_BMM,
+    triton.BMM,
     _reference(stack.bmm, ONE_BY_ONE),
-    fbgemm.rowwise_batched,
+    fbgemm.ROWWISE_BATCHED,
 )
-register("int4_bmm_backward", cuda.bmm_gradient, _reference(stack.bmm_backward, ONE_BY_ONE))
+register("int4_bmm_backward", triton.BMM_GRADIENT, _reference(stack.bmm_backward, ONE_BY_ONE))
 register(
     "int4_grouped_mm",
-    cuda.decode_grouped,
-    cuda.stream_grouped,
-    cuda.grouped,
+    cuda.EXPERTS_GROUPED,
+    triton.STREAM_GROUPED,
+    triton.GROUPED,
     _reference(stack.grouped_mm, ONE_BY_ONE),
     Kernel("fbgemm_" + ONE_BY_ONE, KernelPreference.FBGEMM, fbgemm.unsupported, stack.grouped_mm),
 )
 register(
     "int4_grouped_mm_backward",
-    cuda.grouped_gradient,
+    triton.GROUPED_GRADIENT,
     _reference(stack.grouped_mm_backward, ONE_BY_ONE),
 )
 
-register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
-register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(reference.dequantize))
+register("int4_cpu_packed_linear", cpu.PACKED, cpu.UNPACKING)
+register(
+    "dequantize",
+    triton.DEQUANTIZE,
+    cpu.NATIVE_DEQUANTIZE,
+    _reference(reference.dequantize),
+)
+
+# Symmetric weights in offset binary. The first op rounds them to bfloat16, the others do not.
 register(
     "int4_matmul",
-    cuda.symmetric_small_batch,
-    cuda.symmetric_decode,
-    cuda.symmetric_gluon,
-    cuda.symmetric_dequantized,
-    cuda.symmetric_matmul,
-    cpu.native_symmetric,
-    cpu.blocked_symmetric,
-    _reference(reference.matmul_symmetric),
+    cuda.SMALL_BATCH,
+    cuda.DECODE,
+    triton.GLUON,
+    triton.DEQUANTIZED,
+    triton.MATMUL,
+    cpu.NATIVE,
+    cpu.BLOCKED,
+    _reference(reference.linear_rounded),
 )
 register(
     "int4_matvec",
-    cuda.symmetric_decode,
-    cuda.symmetric_matvec,
-    cpu.native_symmetric,
-    _reference(reference.matvec_symmetric),
+    cuda.DECODE,
+    triton.MATVEC,
+    cpu.NATIVE,
+    _reference(reference.linear_float32),
 )
-register(
-    "dequant_w4_to_bf16",
-    cuda.symmetric_dequantize,
-    _reference(reference.dequantize_symmetric),
-)
+register("dequant_w4_to_bf16", triton.DEQUANTIZE, _reference(reference.dequantize))
 register(
     "linear_q4gsw",
-    cuda.q4gsw_matvec,
-    cuda.q4gsw_matmul,
-    cpu.native_q4gsw,
-    cpu.blocked_q4gsw,
-    _reference(reference.linear_q4gsw),
+    triton.MATVEC,
+    triton.MATMUL,
+    cpu.NATIVE,
+    cpu.BLOCKED,
+    _reference(reference.linear),
 )
 register(
     "linear_q4gsw_backward",
-    cuda.q4gsw_gradient,
-    cpu.blocked_q4gsw_grad,
-    _reference(reference.linear_q4gsw_grad),
+    triton.GRADIENT,
+    cpu.BLOCKED_GRADIENT,
+    _reference(reference.grad_input),
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from int4q import errors
-from int4q.kernels import aten_packed
-from int4q.ops.define import check_activation, count_flops, define, run_2d
+from int4q.kernels.cpu import aten_packed
+from int4q.ops.define import check_activation, count_flops, define, kernel
 
 
 def _check_cpu_packed(x, qdata, scale_and_zero, group_size) -> None:
@@ -22,8 +22,10 @@ def _check_cpu_packed(x, qdata, scale_and_zero, group_size) -> None:
 
 def _int4_cpu_packed_linear(x, qdata, scale_and_zero, group_size):
     _check_cpu_packed(x, qdata, scale_and_zero, group_size)
-    args = ("int4_cpu_packed_linear", x, qdata, scale_and_zero, group_size, group_size)
-    return run_2d(*args)
+    flat = x.reshape(-1, x.shape[-1])
+    (M, K), N = flat.shape, qdata.shape[0]
+    run = kernel("int4_cpu_packed_linear", x, scale_and_zero, M, N, K, group_size)
+    return run(flat, qdata, scale_and_zero, group_size).view(*x.shape[:-1], N)
 
 
 def _int4_cpu_packed_linear_fake(x, qdata, scale_and_zero, group_size):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from int4q import errors
 from int4q.kernels import registry
 from int4q.kernels import table as _table  # noqa: F401  (fills the registry)
+from int4q.kernels.weight import Weight
 
 LIBRARY = torch.library.Library("int4q", "DEF")
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -70,11 +71,11 @@ def kernel(
     return registry.route(registry.preference(), *problem).run
 
 
-def run_2d(op: str, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int, *rest) -> Tensor:
+def run_2d(op: str, x: Tensor, weight: Weight, *rest) -> Tensor:
     """Flatten the leading dims of ``x``, run the chosen kernel, restore them."""
-    N, half = qdata.shape
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y = kernel(op, x, scale, flat.shape[0], N, 2 * half, group_size)(flat, qdata, scale, *rest)
+    shape = flat.shape[0], weight.N, weight.K, weight.group_size
+    y = kernel(op, x, weight.scale, *shape)(flat, weight, *rest)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from int4q import errors
+from int4q.kernels.weight import Weight
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -26,18 +27,17 @@ def _check_bmm(name, x, qdata, scale, zero_point, group_size, last, act_pre_scal
     check_pre_scale(x, act_pre_scale)
 
 
-def _run(op: str, x, qdata, scale, zero_point, group_size, *rest):
+def _run(op: str, x, weight: Weight, *rest):
     """The chosen kernel; M of the problem is the rows of all experts together."""
-    E, N, half = qdata.shape
-    M = x.numel() // max(1, x.shape[-1])
-    run = kernel(op, x, scale, M, N, 2 * half, group_size, experts=E)
-    return run(x, qdata, scale, zero_point, group_size, *rest)
+    shape = x.numel() // max(1, x.shape[-1]), weight.N, weight.K, weight.group_size
+    run = kernel(op, x, weight.scale, *shape, experts=weight.qdata.shape[0])
+    return run(x, weight, *rest)
 
 
 def _int4_bmm(x, qdata, scale, zero_point, group_size, act_pre_scale=None):
     K = 2 * qdata.shape[-1]
     _check_bmm("x", x, qdata, scale, zero_point, group_size, K, act_pre_scale)
-    return _run("int4_bmm", x, qdata, scale, zero_point, group_size, act_pre_scale)
+    return _run("int4_bmm", x, Weight(qdata, scale, zero_point, group_size), act_pre_scale)
 
 
 def _int4_bmm_fake(x, qdata, scale, zero_point, group_size, act_pre_scale=None):
@@ -48,7 +48,7 @@ def _int4_bmm_fake(x, qdata, scale, zero_point, group_size, act_pre_scale=None):
 
 def _int4_bmm_backward(grad, qdata, scale, zero_point, group_size):
     _check_bmm("grad", grad, qdata, scale, zero_point, group_size, qdata.shape[1])
-    return _run("int4_bmm_backward", grad, qdata, scale, zero_point, group_size)
+    return _run("int4_bmm_backward", grad, Weight(qdata, scale, zero_point, group_size))
 
 
 def _int4_bmm_backward_fake(grad, qdata, scale, zero_point, group_size):
@@ -95,8 +95,8 @@ def _check_grouped(
 def _int4_grouped_mm(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None):
     K = 2 * qdata.shape[-1]
     _check_grouped("x", x, qdata, scale, zero_point, group_size, offs, K, act_pre_scale)
-    rest = group_size, offs, act_pre_scale
-    return _run("int4_grouped_mm", x, qdata, scale, zero_point, *rest)
+    weight = Weight(qdata, scale, zero_point, group_size)
+    return _run("int4_grouped_mm", x, weight, offs, act_pre_scale)
 
 
 def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs, act_pre_scale=None):
@@ -107,7 +107,8 @@ def _int4_grouped_mm_fake(x, qdata, scale, zero_point, group_size, offs, act_pre
 
 def _int4_grouped_mm_backward(grad, qdata, scale, zero_point, group_size, offs):
     _check_grouped("grad", grad, qdata, scale, zero_point, group_size, offs, qdata.shape[1])
-    return _run("int4_grouped_mm_backward", grad, qdata, scale, zero_point, group_size, offs)
+    weight = Weight(qdata, scale, zero_point, group_size)
+    return _run("int4_grouped_mm_backward", grad, weight, offs)
 
 
 def _int4_grouped_mm_backward_fake(grad, qdata, scale, zero_point, group_size, offs):

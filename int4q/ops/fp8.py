@@ -7,6 +7,7 @@ import torch
 from int4q import errors
 from int4q.kernels import fp8, registry
 from int4q.kernels.reference import fp8_values_dtype
+from int4q.kernels.weight import Weight
 from int4q.ops.define import ACTIVATION_DTYPES, WEIGHT, check_linear, count_flops, define, run_2d
 from int4q.ops.linear import linear_fake, linear_grad, save_linear
 
@@ -57,8 +58,8 @@ def _rows_grad(ctx, grad_values, grad_rows):
 
 def _int4_linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
     check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
-    rest = zero_point, group_size, bias, act_pre_scale
-    return run_2d("int4_linear_fp8", x, qdata, scale, group_size, *rest)
+    weight = Weight(qdata, scale, zero_point, group_size)
+    return run_2d("int4_linear_fp8", x, weight, bias, act_pre_scale)
 
 
 define(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.kernels import reference
+from int4q.kernels.weight import Weight
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -20,8 +21,8 @@ from int4q.ops.define import (
 
 def _int4_linear(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
     check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
-    rest = zero_point, group_size, bias, act_pre_scale
-    return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
+    weight = Weight(qdata, scale, zero_point, group_size)
+    return run_2d("int4_linear", x, weight, bias, act_pre_scale)
 
 
 def linear_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scale=None):
@@ -32,8 +33,7 @@ def linear_fake(x, qdata, scale, zero_point, group_size, bias=None, act_pre_scal
 def _int4_linear_backward(grad, qdata, scale, zero_point, group_size):
     check_weight(qdata, scale, zero_point, group_size, 2)
     check_activation("grad", grad, qdata, qdata.shape[0])
-    op = "int4_linear_backward"
-    return run_2d(op, grad, qdata, scale, group_size, zero_point, group_size)
+    return run_2d("int4_linear_backward", grad, Weight(qdata, scale, zero_point, group_size))
 
 
 def _int4_linear_backward_fake(grad, qdata, scale, zero_point, group_size):
@@ -92,9 +92,9 @@ def turned(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run_plain_mm(x, qdata, scale, zero_point, group_size, bias, act_pre_scale, int8_activations):
-    scale, zero_point = scale.mT, zero_point.mT
     op = "int4_plain_mm" if int8_activations else "int4_plain_mm_w4a16"
-    return run_2d(op, x, qdata, scale, group_size, zero_point, group_size, bias, act_pre_scale)
+    weight = Weight(qdata, scale.mT, zero_point.mT, group_size)
+    return run_2d(op, x, weight, bias, act_pre_scale)
 
 
 def _int4_plain_mm(
@@ -153,11 +153,11 @@ def linear_parts(
     act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``int4_linear`` on the parts of a tensor, which its constructor has checked."""
-    rest = zero_point, group_size, bias, act_pre_scale
+    weight = Weight(qdata, scale, zero_point, group_size)
     if not dispatches_nothing(x, bias):
-        return torch.ops.int4q.int4_linear(x, qdata, scale, *rest)
-    check_activation("x", x, qdata, 2 * qdata.shape[1])
-    return run_2d("int4_linear", x, qdata, scale, group_size, *rest)
+        return torch.ops.int4q.int4_linear(x, *weight[:4], bias, act_pre_scale)
+    check_activation("x", x, qdata, weight.K)
+    return run_2d("int4_linear", x, weight, bias, act_pre_scale)
 
 
 def coalesced_linear(

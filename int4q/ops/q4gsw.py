@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
+from int4q.kernels.weight import Weight
 from int4q.ops.define import SCALE_DTYPES, count_flops, define, run_2d
 
 _WEIGHT = "Tensor weights, Tensor weight_scales, int group_size"
@@ -66,7 +67,11 @@ def _check(x, weights, weight_scales, group_size, bias) -> None:
 
 def _linear_q4gsw(x, weights, weight_scales, group_size, bias=None):
     _check(x, weights, weight_scales, group_size, bias)
-    return run_2d("linear_q4gsw", x, weights, weight_scales, group_size, group_size, bias)
+    return run_2d("linear_q4gsw", x, _weight(weights, weight_scales, group_size), bias)
+
+
+def _weight(weights: Tensor, weight_scales: Tensor, group_size: int) -> Weight:
+    return Weight(weights.view(torch.int8), weight_scales, None, group_size, signed=False)
 
 
 def _linear_q4gsw_fake(x, weights, weight_scales, group_size, bias=None):
@@ -77,8 +82,8 @@ def _linear_q4gsw_fake(x, weights, weight_scales, group_size, bias=None):
 def _backward(grad_out, weights, weight_scales, group_size):
     _check_weight(weights, weight_scales, group_size)
     _check_rows("grad_out", grad_out, weights, weights.shape[0])
-    op = "linear_q4gsw_backward"
-    return run_2d(op, grad_out, weights, weight_scales, group_size, group_size)
+    weight = _weight(weights, weight_scales, group_size)
+    return run_2d("linear_q4gsw_backward", grad_out, weight)
 
 
 def _backward_fake(grad_out, weights, weight_scales, group_size):

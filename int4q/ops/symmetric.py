@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.ops.define import SCALE_DTYPES, count_flops, define, kernel
+from int4q.kernels.weight import Weight
+from int4q.ops.define import SCALE_DTYPES, count_flops, define, kernel, run_2d
 from int4q.packing import offset_to_signed
 
 _WEIGHT = "Tensor w_packed, Tensor w_scale, int group_size"
@@ -65,8 +66,11 @@ def _check_one_row(x, w_packed, w_scale, group_size) -> None:
 
 
 def _run(op: str, x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    (M, K), N = x.shape, w_packed.shape[0]
-    return kernel(op, x, w_scale, M, N, K, group_size)(x, w_packed, w_scale, group_size)
+    return run_2d(op, x, _weight(w_packed, w_scale, group_size))
+
+
+def _weight(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Weight:
+    return Weight(w_packed, w_scale.mT, None, group_size, signed=False)
 
 
 def _int4_matmul_fake(x, w_packed, w_scale, group_size):
@@ -94,9 +98,10 @@ def _grad(ctx, grad):
 
 def _dequant_w4_to_bf16(w_packed, w_scale, group_size):
     _check_symmetric(w_packed, w_scale, group_size)
-    N, K = w_packed.shape[0], 2 * w_packed.shape[1]
-    run = kernel("dequant_w4_to_bf16", w_scale, w_scale, 0, N, K, group_size)
-    return run(w_packed, w_scale, group_size)
+    weight = _weight(w_packed, w_scale, group_size)
+    shape = 0, weight.N, weight.K, group_size
+    run = kernel("dequant_w4_to_bf16", w_scale, w_scale, *shape, torch.bfloat16)
+    return run(weight, torch.bfloat16)
 
 
 def _dequant_w4_to_bf16_fake(w_packed, w_scale, group_size):

@@ -18,6 +18,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry, qparams
 from int4q.kernels import reference
+from int4q.kernels.weight import Weight
 from int4q.ops import SCALE_DTYPES
 from int4q.ops.define import kernel
 
@@ -306,15 +307,15 @@ def _dequantize(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The chosen kernel on a matrix or, one by one, on those of a stack; plain ops when traced."""
+    weight = Weight(qdata, scale, zero_point, group_size)
     if torch.compiler.is_compiling() or type(qdata) is not Tensor or qdata.ndim > 3:
-        return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
-    N, K = qdata.shape[-2], 2 * qdata.shape[-1]
-    run = kernel("dequantize", qdata, scale, 0, N, K, group_size, dtype)
+        return reference.dequantize(weight, dtype)
+    run = kernel("dequantize", qdata, scale, 0, weight.N, weight.K, group_size, dtype)
     if qdata.ndim == 2:
-        return run(qdata, scale, zero_point, group_size, dtype)
-    out = scale.new_empty((*qdata.shape[:-1], K), dtype=dtype)
+        return run(weight, dtype)
+    out = scale.new_empty((*qdata.shape[:-1], weight.K), dtype=dtype)
     for b in range(qdata.shape[0]):
-        out[b] = run(qdata[b], scale[b], zero_point[b], group_size, dtype)
+        out[b] = run(weight.expert(b), dtype)
     return out
 
 

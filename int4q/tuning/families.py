@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from int4q.bench import timing
-from int4q.kernels import reference, tuned
-from int4q.kernels.tiles import DequantizeConfig, MatmulConfig, MatvecConfig, StreamConfig
+from int4q.kernels import reference
+from int4q.kernels.triton import tuned
+from int4q.kernels.triton.tiles import DequantizeConfig, MatmulConfig, MatvecConfig, StreamConfig
+from int4q.kernels.weight import Weight
 
 
 @dataclass(frozen=True)
-class Weight:
-    """Copies of one weight's parts, and its values."""
+class Copies:
+    """Copies of one weight, whose qdata lie apart, and its values."""
 
-    group_size: int
-    qdata: tuple[Tensor, ...]
-    scale: Tensor
-    zero_point: Tensor
+    weights: tuple[Weight, ...]
     values: Tensor  # float32 [N, K]
 
     @property
@@ -31,19 +30,19 @@ class Weight:
         return tuple(self.values.shape)
 
     @property
-    def rest(self) -> tuple[Tensor, Tensor, int]:
-        return self.scale, self.zero_point, self.group_size
+    def group_size(self) -> int:
+        return self.weights[0].group_size
 
     @classmethod
-    def random(cls, N: int, K: int, group_size: int, dtype: torch.dtype, device) -> Weight:
+    def random(cls, N: int, K: int, group_size: int, dtype: torch.dtype, device) -> Copies:
         copies = timing.copies(N * K // 2) if device.type == "cuda" else 1
         on = {"device": device}
         qdata = torch.randint(-128, 128, (N, K // 2), dtype=torch.int8, **on)
         scale = (torch.rand(K // group_size, N, **on) * 0.009 + 0.001).to(dtype)
         zero_point = (torch.randn(K // group_size, N, **on) * 0.01).to(dtype)
-        values = reference.dequantize(qdata, scale, zero_point, group_size, torch.float32)
-        same = tuple(qdata.clone() for _ in range(copies))
-        return cls(group_size, same, scale, zero_point, values)
+        weight = Weight(qdata, scale, zero_point, group_size)
+        values = reference.dequantize(weight, torch.float32)
+        return cls(tuple(weight._replace(qdata=qdata.clone()) for _ in range(copies)), values)
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,19 @@ class Family:
 
     kernel: str
     runs: Callable[[int, tuple[int, int] | None], bool]
-    shipped: Callable[..., object]  # (M, weight, device) -> the tile in use without a table
-    light: Callable[[Weight], bool]  # whether its scales are light (tuned_table.py)
+    shipped: Callable[..., object]  # (M, copies, device) -> the tile in use without a table
+    light: Callable[[Copies], bool]  # whether its scales are light (tuned_table.py)
     candidates: Callable[[Place], Iterator[object]]
-    call: Callable[..., Tensor]  # (x, qdata, weight, config)
+    call: Callable[..., Tensor]  # (x, weight, config)
 
 
-def light(weight: Weight) -> bool:
-    return weight.group_size >= 128
+def light(copies: Copies) -> bool:
+    return copies.group_size >= 128
 
 
-def stream_light(weight: Weight) -> bool:
-    return light(weight) and weight.shape[0] % 16 == 0 and weight.scale.itemsize == 2
+def stream_light(copies: Copies) -> bool:
+    halves = copies.weights[0].scale.itemsize == 2
+    return light(copies) and copies.shape[0] % 16 == 0 and halves
 
 
 def _around(M: int, sides: Sequence[int]) -> list[int]:
@@ -127,22 +127,22 @@ def dequantize_candidates(place: Place) -> Iterator[DequantizeConfig]:
 
 
 def _linear(module: str):
-    def call(x: Tensor, qdata: Tensor, weight: Weight, config) -> Tensor:
-        return _kernels(module).int4_linear(x, qdata, *weight.rest, config=config)
+    def call(x: Tensor, weight: Weight, config) -> Tensor:
+        return _kernels(module).linear(x, weight, config=config)
 
     return call
 
 
-def _dequantize(x: Tensor, qdata: Tensor, weight: Weight, config) -> Tensor:
-    return _kernels("triton_dequant").dequantize(qdata, *weight.rest, x.dtype, config=config)
+def _dequantize(x: Tensor, weight: Weight, config) -> Tensor:
+    return _kernels("dequant").dequantize(weight, x.dtype, config=config)
 
 
-def through_cublas(x: Tensor, qdata: Tensor, weight: Weight) -> Tensor:
-    return _kernels("triton_dequant").linear(x, qdata, *weight.rest)
+def through_cublas(x: Tensor, weight: Weight) -> Tensor:
+    return _kernels("dequant").linear(x, weight)
 
 
 def _kernels(module: str) -> ModuleType:
-    return importlib.import_module(f"int4q.kernels.{module}")  # and Triton, at the first call
+    return importlib.import_module(f"int4q.kernels.triton.{module}")  # Triton: at the first call
 
 
 FAMILIES = {
@@ -164,7 +164,7 @@ FAMILIES = {
             lambda M, w, device: tuned.matmul_rule(M, *w.shape, device),
             light,
             matmul_candidates,
-            _linear("triton_matmul"),
+            _linear("matmul"),
         ),
         Family(
             "matvec",
@@ -172,7 +172,7 @@ FAMILIES = {
             lambda M, w, device: tuned.matvec_rule(*w.shape),
             lambda w: True,
             matvec_candidates,
-            _linear("triton_matvec"),
+            _linear("matvec"),
         ),
         Family(
             "dequantize",

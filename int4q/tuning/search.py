@@ -23,14 +23,14 @@ from int4q import errors
 from int4q._version import __version__
 from int4q.bench import timing
 from int4q.bench.shapes import CORE
-from int4q.kernels import tuned, tuned_table
-from int4q.kernels.tuned_table import Row
+from int4q.kernels.triton import tuned, tuned_table
+from int4q.kernels.triton.tuned_table import Row
 from int4q.tensor.base import Int4TensorBase
 from int4q.tuning.families import (
     FAMILIES,
+    Copies,
     Family,
     Place,
-    Weight,
     through_cublas,
 )
 
@@ -89,7 +89,7 @@ def tune(
     search = _Search(device, dtype, timer, log)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for N, K, group_size in weights:
-            search.weight(Weight.random(N, K, group_size, dtype, device), rows, chosen)
+            search.weight(Copies.random(N, K, group_size, dtype, device), rows, chosen)
     if not search.times:
         raise errors.value(f"one of {chosen} must run on {device} at one of the rows", list(rows))
     about = {
@@ -165,7 +165,7 @@ class _Search:
             facts = torch.cuda.get_device_properties(device)
             self.shared = facts.shared_memory_per_block_optin
 
-    def weight(self, weight: Weight, rows: Sequence[int], kernels: Sequence[str]) -> None:
+    def weight(self, weight: Copies, rows: Sequence[int], kernels: Sequence[str]) -> None:
         """Everything that is to be timed for one weight."""
         N, K = weight.shape
         for M in sorted(set(rows) | {1}):
@@ -177,10 +177,10 @@ class _Search:
                     self._family(FAMILIES[name], x, weight, wanted)
             shape = (M, N, K, weight.group_size)
             if shape in self.fused:
-                calls = [lambda q=q, x=x: through_cublas(x, q, weight) for q in weight.qdata]
+                calls = [lambda w=w, x=x: through_cublas(x, w) for w in weight.weights]
                 self.dequantized[shape] = self.timer(calls)
 
-    def _family(self, family: Family, x: Tensor, weight: Weight, expected: Tensor) -> None:
+    def _family(self, family: Family, x: Tensor, weight: Copies, expected: Tensor) -> None:
         M, (N, K) = x.shape[0], weight.shape
         rows = 0 if family.kernel == "dequantize" else M
         key = tuned_table.shape_class(family.kernel, rows, N, K, family.light(weight))
@@ -191,11 +191,11 @@ class _Search:
         times, refused = {}, {}
         for config in tried:
             try:
-                y = family.call(x, weight.qdata[0], weight, config)
+                y = family.call(x, weight.weights[0], config)
                 error = float((y.float() - expected).norm() / expected.norm())
                 if not error <= _TOLERANCE[self.dtype]:
                     raise RuntimeError(f"wrong: relative error {error:.3g}")
-                calls = [lambda q=q, c=config: family.call(x, q, weight, c) for q in weight.qdata]
+                calls = [lambda w=w, c=config: family.call(x, w, c) for w in weight.weights]
                 times[config] = self.timer(calls)
             except Exception as reason:  # this tile does not run here: the next one may
                 refused[config] = f"{type(reason).__name__}: {reason}".splitlines()[0][:120]

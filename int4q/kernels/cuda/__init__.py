@@ -1,0 +1,11 @@
+"""CUDA C++ kernels, compiled at run time: NVIDIA GPUs from sm_80."""
+
+from int4q.kernels.cuda.entries import (
+    DECODE,
+    DECODE_INT8,
+    EXPERTS_BMM,
+    EXPERTS_GROUPED,
+    SMALL_BATCH,
+)
+
+__all__ = ["DECODE", "DECODE_INT8", "EXPERTS_BMM", "EXPERTS_GROUPED", "SMALL_BATCH"]

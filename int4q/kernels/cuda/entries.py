@@ -1,0 +1,71 @@
+"""The CUDA C++ kernels as entries of the table; they are imported at their first call."""
+
+from __future__ import annotations
+
+import torch
+
+from int4q.kernels.launch.lazy import lazy, module
+from int4q.kernels.registry import Kernel, KernelPreference, Problem
+
+SMALL_WEIGHT = 1 << 21
+"""Elements up to which a weight counts as small: the crossovers below are others for it."""
+_SMALL_BATCH_N, _SMALL_BATCH_K = 4224, 6144
+"""Up to here the CUDA small-batch kernel beats the Gluon one. Measured: 5 to 20 % faster at
+4096 x 4096, 5 to 30 % slower at 4096 x 14336, 21504 x 5376 and 28672 x 4096; K interpolated."""
+_DECODE, _SMALL_BATCH, _EXPERTS = (
+    f"{__package__}.{name}" for name in ("decode", "small_batch", "experts")
+)
+
+
+def _not_compiled() -> str | None:
+    """Why CUDA C++ cannot be compiled here; without any GPU the table says what would run."""
+    if not torch.cuda.is_available():
+        return None
+    return module("int4q.kernels.launch.nvrtc").unavailable()
+
+
+def _lacking(name: str, problem: Problem) -> str | None:
+    """What the kernels of a module lack for ``problem``."""
+    if problem.device != "cuda":
+        return f"runs on cuda, not {problem.device}"
+    shape = problem.M, problem.N, problem.K, problem.group_size
+    facts = problem.dtype, problem.scale_dtype, problem.capability
+    return module(name).unsupported(*shape, *facts)
+
+
+def _decode_unsupported(problem: Problem) -> str | None:
+    if reason := _lacking(_DECODE, problem):
+        return reason
+    if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
+        # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
+        small = problem.N * problem.K <= SMALL_WEIGHT
+        if (problem.group_size < 128 and not small) or (problem.M > 12 and problem.N > 8192):
+            return f"M={problem.M}: the wgmma kernel is faster for this shape"
+    return _not_compiled()
+
+
+def _small_batch_unsupported(problem: Problem) -> str | None:
+    if reason := _lacking(_SMALL_BATCH, problem):
+        return reason
+    M, N, K = problem.M, problem.N, problem.K
+    small = N * K <= SMALL_WEIGHT
+    if M <= 8 or (M <= 16 and problem.group_size >= 128 and not small):
+        return f"M={M}: the decode kernel is faster for this shape"
+    if K > _SMALL_BATCH_K or (N > _SMALL_BATCH_N and not small):
+        return f"N={N}, K={K}: the Gluon kernel is faster for this shape"
+    return _not_compiled()
+
+
+def _experts_unsupported(problem: Problem) -> str | None:
+    return module(_EXPERTS).unsupported(problem) or _not_compiled()
+
+
+def _kernel(name: str, unsupported, file: str, function: str = "linear", **fixed) -> Kernel:
+    return Kernel(name, KernelPreference.CUDA, unsupported, lazy(file, function, **fixed))
+
+
+DECODE = _kernel("cuda_decode", _decode_unsupported, _DECODE)
+DECODE_INT8 = _kernel("cuda_decode_w4a8", _decode_unsupported, _DECODE, activation=torch.int8)
+SMALL_BATCH = _kernel("cuda_small_batch", _small_batch_unsupported, _SMALL_BATCH)
+EXPERTS_BMM = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_bmm")
+EXPERTS_GROUPED = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_grouped_mm")

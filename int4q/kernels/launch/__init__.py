@@ -1,0 +1,1 @@
+"""Compiling, planning and launching GPU kernels: what the Triton and CUDA C++ rooms share."""

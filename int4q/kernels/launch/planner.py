@@ -1,0 +1,280 @@
+"""The host half of the CUDA C++ linear kernels: argument checks, copies that make odd layouts fit,
+the parameter block, and the cache of plans.
+
+A kernel module makes one :class:`Planner`. A call then is a dictionary lookup and the launches of
+the plan found there: everything that depends on shapes, strides, dtypes and alignment only was
+worked out at the first call of its kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from int4q.kernels.launch import nvrtc
+from int4q.kernels.weight import Weight
+
+GROUP_SIZES = (32, 64, 128, 256)
+TYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""The dtypes that the kernels read and the numbers that stand for them in the CUDA C++."""
+ROW_UNIT = 4
+"""Rows are dealt to thread blocks in units of 4, which keeps scale copies of 8 bytes aligned."""
+
+# The kernels' `Params`: eight pointers, filled at every call, then what a plan fixes; those over
+# experts have the pointer to the experts' end rows next, and more that is fixed.
+_POINTERS = struct.Struct("=8Q")
+_FIXED = struct.Struct("=4q10i")
+_OFFS_AT = _POINTERS.size + _FIXED.size
+
+
+class Parts(NamedTuple):
+    """The arguments of a call: x ``[.., K]`` (for a plan ``[M, K]``), bias ``[N]``,
+    pre_scale ``[K]``."""
+
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
+    pre_scale: Tensor | None
+
+
+def unsupported_shape(N: int, K: int, group_size: int) -> str | None:
+    """Why no kernel takes a weight of this shape; None if they do."""
+    if group_size not in GROUP_SIZES:
+        return f"group_size must be one of {GROUP_SIZES}, got {group_size}"
+    if K <= 0 or K % group_size:
+        return f"K must be a positive multiple of group_size={group_size}, got {K}"
+    if max(N, K) >= 1 << 30:
+        return f"N and K must be below 2 ** 30, got N={N}, K={K}"
+    return None
+
+
+class Plan:
+    """What calls of one kind share: compiled kernels, grids, the parameter block.
+
+    A kernel's own plan derives from this: it sets ``scratch_bytes``, calls :meth:`fix` and
+    appends to ``launches``.
+    """
+
+    def __init__(self, parts: Parts):
+        x, weight = parts.x, parts.weight
+        self.device, self.dtype, self.index = x.device, x.dtype, x.device.index
+        self.shape = x.shape[0], weight.N
+        self.scratch_bytes, self.launches = 0, []
+        self.params: ctypes.Array | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def dependent(self) -> bool:
+        """Whether launches may overlap the kernel in front (sm_90 and later)."""
+        return torch.cuda.get_device_properties(self.device).major >= 9
+
+    def fix(self, parts: Parts, units_per_block: int, extra_units: int, stack: bytes = b"") -> None:
+        """Fill in the parameters that all calls share; ``stack``: those over experts."""
+        x, weight, bias, pre_scale = parts
+        qdata, scale = weight.qdata, weight.scale
+        self.params = ctypes.create_string_buffer(_OFFS_AT + (8 + len(stack) if stack else 0))
+        _FIXED.pack_into(
+            self.params,
+            _POINTERS.size,
+            *(qdata.stride(-2), scale.stride(-1), scale.stride(-2), x.stride(0)),
+            *(x.shape[0], weight.N, weight.K),
+            *(ROW_UNIT, units_per_block, extra_units),
+            0 if bias is None else TYPE_CODES[bias.dtype],
+            0 if pre_scale is None else TYPE_CODES[pre_scale.dtype],
+            int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
+            0,
+        )
+        if stack:
+            self.params[_OFFS_AT + 8 :] = stack
+
+    def launch(
+        self, module: nvrtc.Module, name: str, grid: int, block: int, shared_bytes: int = 0
+    ) -> None:
+        """Append a launch of the kernel ``name``; :meth:`fix` comes first."""
+        args = name, grid, block, shared_bytes, self.params, self.dependent
+        self.launches.append(module.prepare(*args))
+
+    def __call__(self, pointers: tuple[int, ...], offs: int = 0) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if not self.launches:
+            return out
+        if torch._C._cuda_getDevice() == self.index:
+            self._run(out, pointers, offs)
+        else:
+            with torch.cuda.device(self.index):
+                self._run(out, pointers, offs)
+        return out
+
+    def _run(self, out: Tensor, pointers: tuple[int, ...], offs: int) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        table = 0
+        if self.scratch_bytes:
+            # From the caching allocator: streams never share it, and a graph keeps its own.
+            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
+            table = scratch.data_ptr()
+        with self._lock:
+            _POINTERS.pack_into(self.params, 0, *pointers, out.data_ptr(), table)
+            if len(self.params) > _OFFS_AT:
+                struct.pack_into("=Q", self.params, _OFFS_AT, offs)
+            for launch in self.launches:
+                launch(stream)
+
+
+class Planner:
+    """Runs a kernel through plans that are made once.
+
+    Args:
+        title: of the kernels, for messages.
+        unsupported: ``(M, N, K, group_size, x dtype, scale dtype, capability)`` -> why not, or
+            None.
+        make: ``(parts, *choices)`` -> a :class:`Plan`.
+        ndim: dims of the weight: 2, or 3 for a stack.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        unsupported: Callable[..., str | None],
+        make: Callable[..., Plan],
+        ndim: int = 2,
+    ):
+        self._title, self._unsupported, self._make, self._ndim = title, unsupported, make, ndim
+        self._plans: dict[tuple, Plan] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        pre_scale: Tensor | None = None,
+        *choices,
+        offs: Tensor | None = None,
+    ) -> Tensor:
+        """The result ``[.., N]``; ``choices`` (hashable) go to ``make``.
+
+        Args:
+            x: ``[.., K]``.
+            offs: int32 ``[experts]``, contiguous: the end row of each.
+        """
+        qdata, scale, zero_point, group_size, signed = weight
+        zeros = scale if zero_point is None else zero_point
+        pointers = (
+            qdata.data_ptr(),
+            scale.data_ptr(),
+            zeros.data_ptr(),
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if pre_scale is None else pre_scale.data_ptr(),
+        )
+        key = (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+            qdata.shape,
+            qdata.stride(),
+            scale.shape,
+            scale.stride(),
+            scale.dtype,
+            zeros.stride(),
+            group_size,
+            signed,
+            None if bias is None else bias.dtype,
+            None if pre_scale is None else pre_scale.dtype,
+            pointers[0] & 15,
+            (pointers[1] | pointers[2]) & 15,
+            pointers[3] & 15,
+            choices,
+        )
+        plan = self._plans.get(key)
+        if plan is None:
+            given = Parts(x, weight, bias, pre_scale)
+            self._check(given)
+            parts = _fit(given)
+            if any(a is not b for a, b in zip(_tensors(parts), _tensors(given), strict=True)):
+                out = self(*parts, *choices, offs=offs)
+                return out.view(*x.shape[:-1], weight.N)
+            plan = self._plans[key] = self._make(parts, *choices)
+        return plan(pointers, 0 if offs is None else offs.data_ptr())
+
+    def _check(self, parts: Parts) -> None:
+        """Raises on arguments that no copy could make fit."""
+        x, weight, bias, pre_scale = parts
+        qdata, scale, zero_point, group_size, signed = weight
+        if qdata.dtype != torch.int8:
+            raise TypeError(f"qdata must be int8 (two nibbles a byte), got {qdata.dtype}")
+        if qdata.dim() != self._ndim:
+            rank = "[N, K/2]" if self._ndim == 2 else "[E, N, K/2]"
+            raise ValueError(f"qdata must have shape {rank}, got {list(qdata.shape)}")
+        if signed is (zero_point is None):
+            raise ValueError(
+                "signed nibbles come with zero points and offset-binary ones without, got "
+                f"signed={signed} and {'no ' * (zero_point is None)}zero_point"
+            )
+        N, K = weight.N, weight.K
+        if x.dim() < 1 or x.shape[-1] != K:
+            raise ValueError(
+                f"the last dimension of x must be K={K} (twice that of qdata "
+                f"{list(qdata.shape)}), got x of shape {list(x.shape)}"
+            )
+        if not x.is_cuda:
+            raise ValueError(f"x must be on a CUDA device, got {x.device}")
+        capability = torch.cuda.get_device_capability(x.device)
+        M = x.numel() // max(K, 1)
+        if reason := self._unsupported(M, N, K, group_size, x.dtype, scale.dtype, capability):
+            raise ValueError(f"{self._title} cannot do this: {reason}")
+        groups = [*qdata.shape[:-2], K // group_size, N]
+        shapes = {
+            "scale": (scale, groups, "[.., n_groups, N]"),
+            "zero_point": (zero_point, groups, "[.., n_groups, N]"),
+            "bias": (bias, [N], "[N]"),
+            "act_pre_scale": (pre_scale, [K], "[K]"),
+        }
+        for name, (tensor, shape, letters) in shapes.items():
+            if tensor is None:
+                continue
+            if list(tensor.shape) != shape:
+                hint = " (an [N, n_groups] tensor is passed as .mT)" if len(shape) > 1 else ""
+                raise ValueError(
+                    f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}{hint}"
+                )
+            if tensor.dtype not in TYPE_CODES:
+                raise TypeError(f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}")
+        if zero_point is not None and zero_point.dtype != scale.dtype:
+            raise TypeError(
+                f"zero_point must have scale's dtype {scale.dtype}, got {zero_point.dtype}"
+            )
+        named = (("qdata", qdata), *((name, entry[0]) for name, entry in shapes.items()))
+        for name, tensor in named:
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def _tensors(parts: Parts) -> tuple:
+    return parts.x, *parts.weight[:3], parts.bias, parts.pre_scale
+
+
+def _fit(parts: Parts) -> Parts:
+    """The parts as a plan takes them, each the same object where it fits already: x 2-D, unit
+    strides, qdata rows on 16-byte boundaries, zero_point lying as scale does."""
+    x, weight, bias, pre_scale = parts
+    qdata, scale, zero_point = weight[:3]
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.reshape(-1, x.shape[-1]).contiguous()
+    unaligned = qdata.data_ptr() % 16 or any(stride % 16 for stride in qdata.stride()[:-1])
+    if qdata.stride(-1) != 1 or unaligned:
+        qdata = qdata.clone(memory_format=torch.contiguous_format)
+    if zero_point is not None and zero_point.stride() != scale.stride():
+        like = torch.empty_strided(
+            scale.shape, scale.stride(), dtype=scale.dtype, device=scale.device
+        )
+        zero_point = like.copy_(zero_point)
+    bias = None if bias is None else bias.contiguous()
+    pre_scale = None if pre_scale is None else pre_scale.contiguous()
+    return Parts(x, weight._replace(qdata=qdata, zero_point=zero_point), bias, pre_scale)

@@ -1,0 +1,27 @@
+"""What several test files use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from int4q import CudaCoalescedInt4Tensor, Int4Tensor
+
+ROOT = Path(__file__).parents[1]
+"""Of the repository."""
+LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+
+
+def run_in_interpreter(path: str) -> None:
+    """Run a test file in a process of its own, whose Triton is the interpreter.
+
+    Which Triton it is, is settled when Triton is first imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

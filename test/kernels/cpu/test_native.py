@@ -1,0 +1,277 @@
+"""The compiled CPU kernels against float64, within the error that their arithmetic allows."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from int4q.kernels.cpu import native as native_cpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FLOATS = (BF16, FP16, FP32)
+GROUPS = (32, 64, 128, 256)
+# Half a unit in the last place of each result dtype, relative.
+ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-24}
+# Half a step of the fixed point, relative to the largest of its block of eight: the largest takes
+# 15 bits (two int8 limbs) or 23 (three), one less when it is within 1/128 of a power of two.
+FIXED_POINT = {BF16: 2.0**-15, FP16: 2.0**-15, FP32: 2.0**-23}
+# float32 sums of 16 lanes of K / 128 partial sums each, whose errors add as a random walk.
+FLOAT32_SUM = 2.0**-22
+SUBNORMAL_FP16 = 2.0**-25
+
+_decode = native_cpu.unsupported(1, 64, 256, 32, BF16, BF16)
+_gemm = native_cpu.unsupported(16, 64, 256, 32, BF16, BF16)
+pytestmark = pytest.mark.skipif(_decode is not None, reason=str(_decode))
+needs_gemm = pytest.mark.skipif(_gemm is not None, reason=str(_gemm))
+
+
+def make_weight(N, K, group_size, dtype=BF16):
+    """Parts of a weight: every nibble value, another scale and zero point in each group."""
+    qdata = torch.randint(-128, 128, (N, K // 2), dtype=torch.int8)
+    qdata[0, :2] = torch.tensor([0x78, -0x79], dtype=torch.int8)  # -8 low, 7 high; 7 low, -8 high
+    groups = K // group_size
+    scale = ((torch.rand(groups, N) + 0.1) * 0.02).to(dtype)
+    zero_point = (torch.randn(groups, N) * 0.03).to(dtype)
+    return qdata, scale, zero_point
+
+
+def nibbles(qdata):
+    q = qdata.to(torch.int16)
+    return torch.stack([((q & 15) ^ 8) - 8, q >> 4], dim=-1).flatten(-2)
+
+
+def parts_float64(qdata, scale, zero_point, group_size):
+    """``q * scale`` and ``zero_point``, both ``[N, K]``."""
+    scale, zero_point = (
+        t.double().T.repeat_interleave(group_size, dim=1) for t in (scale, zero_point)
+    )
+    return nibbles(qdata).double() * scale, zero_point
+
+
+def dequantized(qdata, scale, zero_point, group_size, dtype):
+    """float32 with the product rounded before the sum, then rounded once to ``dtype``."""
+    scale, zero_point = (
+        t.float().T.repeat_interleave(group_size, dim=1) for t in (scale, zero_point)
+    )
+    return (nibbles(qdata).float() * scale + zero_point).to(dtype)
+
+
+def check_decode(x, weight, group_size, bias=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_cpu, "TILES_MIN_M", native_cpu.DECODE_MAX_M + 1)
+        y = native_cpu.linear(x, *weight, group_size, bias)
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], weight[0].shape[0])
+    product, zero = parts_float64(*weight, group_size)
+    golden = x.double() @ (product + zero).T + (0 if bias is None else bias.double())
+    block = x.double().abs().unflatten(1, (-1, 8)).amax(-1).repeat_interleave(8, dim=1)
+    # Errors of independent sign add as the root of their squares. A uniform error of half a step
+    # h has the standard deviation h / sqrt(3): 4 h is seven of them.
+    fixed = 4 * FIXED_POINT[x.dtype] * (block**2 @ (product**2).T).sqrt()
+    sums = FLOAT32_SUM * (x.double().abs() @ (product.abs() + zero.abs()).T)
+    allowed = ROUNDING[x.dtype] * golden.abs() + fixed + sums + SUBNORMAL_FP16
+    assert ((y.double() - golden).abs() <= allowed).all()
+
+
+def check_gemm(x, weight, group_size, bias=None):
+    y = native_cpu.linear(x, *weight, group_size, bias)
+    assert y.dtype == BF16 and y.shape == (x.shape[0], weight[0].shape[0])
+    w = dequantized(*weight, group_size, BF16).double()  # the kernel's defined precision
+    golden = x.double() @ w.T + (0 if bias is None else bias.double())
+    allowed = ROUNDING[BF16] * golden.abs() + FLOAT32_SUM * (x.double().abs() @ w.abs().T)
+    assert ((y.double() - golden).abs() <= allowed + 1e-30).all()
+
+
+def check(x, *args):
+    (check_decode if x.shape[0] <= native_cpu.DECODE_MAX_M else check_gemm)(x, *args)
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+@pytest.mark.parametrize("x_dtype", FLOATS)
+def test_decode_dtypes(x_dtype, scale_dtype, group_size):
+    weight = make_weight(33, 512, group_size, scale_dtype)
+    for M in range(1, 9):
+        check_decode(torch.randn(M, 512).to(x_dtype), weight, group_size)
+
+
+SIZES = [
+    (N, K, group_size)
+    for N in (1, 7, 16, 33, 64, 100)  # short blocks of 16 rows and panels of 32
+    for K in (32, 96, 160, 320, 1024, 1280)  # short units of 128, chunks of 512
+    for group_size in GROUPS
+    if K % group_size == 0
+]
+
+
+@pytest.mark.parametrize("N, K, group_size", SIZES)
+def test_decode_tails(N, K, group_size):
+    weight = make_weight(N, K, group_size)
+    for M, dtype in ((1, BF16), (2, FP32), (3, FP16), (5, BF16), (8, FP32), (8, BF16)):
+        check_decode(torch.randn(M, K).to(dtype), weight, group_size, torch.randn(N))
+
+
+@needs_gemm
+@pytest.mark.parametrize("N, K, group_size", SIZES)
+def test_gemm_tails(N, K, group_size):
+    weight = make_weight(N, K, group_size)
+    for M in (native_cpu.TILES_MIN_M, 9, 16, 17, 31, 33, 130):
+        check_gemm(torch.randn(M, K).to(BF16), weight, group_size, torch.randn(N))
+
+
+@needs_gemm
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_gemm_scale_dtypes(group_size, scale_dtype):
+    weight = make_weight(48, 768, group_size, scale_dtype)
+    check_gemm(torch.randn(40, 768).to(BF16), weight, group_size)
+
+
+@needs_gemm
+def test_gemm_more_rows_than_a_block():
+    """x is packed 512 rows at a time, and eight panels of 32 weight rows share a pass."""
+    check_gemm(torch.randn(1050, 640).to(BF16), make_weight(600, 640, 128), 128, torch.randn(600))
+
+
+@pytest.mark.parametrize("x_dtype, limit", [(BF16, 1e-4), (FP16, 1e-4), (FP32, 2e-6)])
+@pytest.mark.parametrize("outlier", [1.0, 1000.0])
+def test_decode_precision(x_dtype, limit, outlier):
+    """Relative to the results' scale, without their own rounding, also beside one huge channel."""
+    weight = make_weight(256, 4096, 128, FP32)
+    x = torch.randn(4, 4096)
+    x[:, 77] *= outlier
+    x = x.to(x_dtype)
+    golden = x.double() @ sum(parts_float64(*weight, 128)).T
+    y = native_cpu.linear(x, *weight, 128).double()
+    error = (y - golden).abs() - ROUNDING[x_dtype] * golden.abs()
+    assert error.max() <= limit * golden.abs().max()
+
+
+@pytest.mark.parametrize("M", [1, 8, pytest.param(24, marks=needs_gemm)])
+def test_strides(M):
+    """Slices of a larger weight, both layouts of the scales, x with gaps and x transposed."""
+    qdata, scale, zero_point = make_weight(80, 512, 64)
+    plain = (qdata[3:50, 32:160], scale[1:5, 3:50], zero_point[1:5, 3:50])
+    turned = (plain[0], *(t.T.contiguous().T for t in plain[1:]))
+    spread = (plain[0], *(torch.stack([t, t], -1).flatten(-2)[:, ::2] for t in plain[1:]))
+    x = torch.randn(M, 512).to(BF16)[:, 128:384]
+    for weight in (plain, turned, spread):
+        check(x, weight, 64)
+        check(torch.randn(256, M).to(BF16).T, weight, 64)
+    assert torch.equal(native_cpu.linear(x, *plain, 64), native_cpu.linear(x, *turned, 64))
+
+
+@pytest.mark.parametrize("M", [1, 8, pytest.param(24, marks=needs_gemm)])
+def test_exact_on_small_integers(M):
+    """Every sum here is an integer below 2^24: no tolerance at all."""
+    qdata, scale, _ = make_weight(33, 256, 32, FP32)
+    scale = (2.0 ** torch.randint(0, 3, scale.shape)).float()
+    zero_point = torch.randint(-4, 5, scale.shape).float()
+    x = torch.randint(-8, 9, (M, 256))
+    golden = x.double() @ dequantized(qdata, scale, zero_point, 32, torch.float64).T
+    y = native_cpu.linear(x.to(BF16), qdata, scale, zero_point, 32)
+    assert torch.equal(y, golden.float().to(BF16))
+    if M <= native_cpu.DECODE_MAX_M:
+        y = native_cpu.linear(x.float(), qdata, scale, zero_point, 32)
+        assert torch.equal(y.double(), golden)
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+def test_decode_range(x_dtype):
+    """The ends of the dtype's range, zeros, and blocks of very different size side by side."""
+    weight = make_weight(16, 256, 32, FP32)
+    x = torch.zeros(6, 256)
+    x[1] = torch.randn(256) * torch.finfo(x_dtype).smallest_normal * 4
+    x[2] = torch.randn(256) * 2.0 ** torch.linspace(-14, 0, 256)
+    x[3] = torch.linspace(0.98, 1.02, 256)  # either side of a power of two
+    x[4] = -x[3]
+    x[5, 3::64] = torch.finfo(x_dtype).max / 64
+    check_decode(x.to(x_dtype), weight, 32)
+    assert not native_cpu.linear(x[:1].to(x_dtype), *weight[:2], weight[2] * 0, 32).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_decode_non_finite_x(bad):
+    x = torch.randn(3, 256).to(BF16)
+    x[1, 200] = bad
+    y = native_cpu.linear(x, *make_weight(20, 256, 64), 64)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+@pytest.mark.parametrize(
+    "N, K, group_size", [(1, 32, 32), (37, 320, 64), (16, 4096, 32), (50, 768, 256)]
+)
+def test_dequantize(N, K, group_size, scale_dtype, dtype):
+    """The same float32 operations, so the same bits."""
+    weight = make_weight(N, K, group_size, scale_dtype)
+    got = native_cpu.dequantize(*weight, group_size, dtype)
+    assert torch.equal(got, dequantized(*weight, group_size, dtype))
+    rows = (weight[0][N // 2 :], *(t[:, N // 2 :] for t in weight[1:]))
+    got = native_cpu.dequantize(*rows, group_size, dtype)
+    assert torch.equal(got, dequantized(*rows, group_size, dtype))
+
+
+@pytest.mark.parametrize(
+    "M", [1, 8, pytest.param(24, marks=needs_gemm), pytest.param(100, marks=needs_gemm)]
+)
+def test_threads(M):
+    """The same bits with one thread, with several, and from several callers at once."""
+    weight = make_weight(500, 1024, 128)
+    x = torch.randn(M, 1024).to(BF16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = native_cpu.linear(x, *weight, 128)
+        torch.set_num_threads(3)
+        assert torch.equal(native_cpu.linear(x, *weight, 128), one)
+    finally:
+        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: native_cpu.linear(x, *weight, 128), range(16)):
+            assert torch.equal(y, one)
+
+
+def test_empty_x():
+    y = native_cpu.linear(torch.empty(0, 64).to(BF16), *make_weight(8, 64, 32), 32)
+    assert y.shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (dict(x=torch.zeros(1, 128)), ValueError, "x must have 256 columns .* got 128"),
+        (dict(x=torch.zeros(1, 256).double()), ValueError, "activations, not torch.float64"),
+        (dict(x=torch.zeros(9, 256)), ValueError, "above M = 8"),
+        (dict(qdata=torch.zeros(16, 128)), TypeError, "qdata must be int8"),
+        (dict(qdata=torch.zeros(128, 16, dtype=torch.int8).T), ValueError, "contiguous along K"),
+        (dict(scale=torch.ones(16, 4)), ValueError, r"scale must have shape .* = \[4, 16\]"),
+        (dict(zero_point=torch.ones(4, 16).half()), TypeError, "zero_point must have scale's"),
+        (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \[16\]"),
+        (
+            dict(group_size=16, scale=torch.ones(16, 16), zero_point=torch.ones(16, 16)),
+            ValueError,
+            "group_size must be 32, 64, 128 or 256, not 16",
+        ),
+    ],
+)
+def test_errors(change, error, match):
+    arguments = dict(
+        x=torch.zeros(1, 256),
+        qdata=torch.zeros(16, 128, dtype=torch.int8),
+        scale=torch.ones(4, 16),
+        zero_point=torch.ones(4, 16),
+        group_size=64,
+    )
+    with pytest.raises(error, match=match):
+        native_cpu.linear(**{**arguments, **change})
+
+
+def test_a_broken_library_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "_int4_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native_cpu, "__file__", str(tmp_path / "native.py"))
+    library, reason = native_cpu.load.__wrapped__()
+    assert library is None and "did not load" in reason
+    (tmp_path / "_int4_cpu.so").unlink()
+    library, reason = native_cpu.load.__wrapped__()
+    assert library is None and "not built" in reason

@@ -1,0 +1,70 @@
+"""The CUDA C++ small-batch kernel compiles for sm_90a without a GPU, in registers alone.
+
+With ``nvcc`` at hand its report is read (registers, spills, warnings such as "wgmma serialized");
+else NVRTC compiles; with neither the tests are skipped.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from int4q.kernels.cuda import small_batch as cuda_small_batch
+from int4q.kernels.cuda.small_batch import Config, choose_config, defines
+from int4q.kernels.launch import nvrtc
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    # every configuration that is chosen by itself
+    *(
+        defines(choose_config(N, 132), M, group, BF16, BF16, True, False)
+        for N in (512, 4096, 8192, 21504, 28672)
+        for M, group in ((16, 128), (64, 32))
+    ),
+    defines(choose_config(4096, 132), 40, 256, FP16, FP16, False, False),
+    defines(choose_config(28672, 132), 16, 64, BF16, FP32, True, True),
+    defines(Config(4, 1, 4, 2, 9, split=2), 24, 64, FP16, BF16, False, False),
+]
+UNIQUE = list({str(case): case for case in CASES}.values())
+
+
+@pytest.mark.parametrize("case", UNIQUE, ids=lambda case: "-".join(map(str, case.values())))
+def test_compiles_in_registers(case, tmp_path):
+    source = cuda_small_batch._source()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        try:
+            binary = nvrtc.compile_cubin(source, case, "sm_90a")
+        except RuntimeError as error:
+            if "was not found" in str(error):
+                pytest.skip("neither nvcc nor NVRTC is installed")
+            raise
+        assert b"int4_small_batch" in binary
+        return
+    file = tmp_path / "kernel.cu"
+    file.write_text(source)
+    command = [nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
+    command += ["-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(file)]
+    command += [f"-D{name}={value}" for name, value in case.items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert "warning" not in report and "erializ" not in report, report
+    assert re.findall(r"(\d+) bytes spill stores", report) == ["0", "0"], report
+
+
+@pytest.mark.parametrize("N", [1, 512, 1024, 4096, 8192, 21504, 28672, 1 << 20])
+def test_chosen_configurations_fit_into_shared_memory(N):
+    config = choose_config(N, 132)
+    for cols in range(8, cuda_small_batch.MAX_M + 1, 8):
+        for scale_bytes in (0, 2, 4, 8):
+            fitted = config.fit(cols, scale_bytes)
+            assert fitted.shared_bytes(cols, scale_bytes) <= 227 * 1024
+            assert fitted.x_stages > 2 * fitted.k_parts and fitted.stages >= 2
+
+
+def test_a_configuration_that_cannot_fit_is_refused():
+    with pytest.raises(ValueError, match="more shared memory than there is for 64 columns"):
+        Config(4, 2, 2, 3, 5).fit(64, 4)

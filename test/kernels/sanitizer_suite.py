@@ -1,0 +1,109 @@
+"""A small suite of every GPU kernel, to be run under NVIDIA's checker:
+
+    compute-sanitizer --tool memcheck  python test/gpu/sanitizer_suite.py
+    compute-sanitizer --tool racecheck python test/gpu/sanitizer_suite.py
+    compute-sanitizer --tool initcheck python test/gpu/sanitizer_suite.py
+
+Tails in every dim, both layouts, groups 32 and 128; each result is compared with the reference.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
+from int4q.kernels.cuda import experts as cuda_experts
+from int4q.kernels.cuda import small_batch as cuda_small_batch
+from int4q.kernels.cuda.small_batch import Config
+from int4q.kernels.triton import experts as triton_experts
+from int4q.kernels.triton import gluon_experts
+
+SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
+
+
+def check(name, got, expected, bound):
+    error = float((got.double() - expected).abs().max() / expected.abs().max())
+    print(f"{name}: {error:.1e}")
+    if not error < bound:
+        raise SystemExit(f"{name} is wrong")
+
+
+def experts() -> None:
+    """Every kernel of a stack of weights: empty experts, one with many rows, rows of none."""
+    for ends, N, K in (((1, 1, 4, 7), 68, 160), ((0, 90, 90, 100), 136, 384)):
+        group_size = 128 if K % 128 == 0 else 32
+        T, offs = ends[-1] + 3, torch.tensor(ends, dtype=torch.int32, device="cuda")
+        x = torch.randn(T, K).bfloat16().cuda()
+        plain = Int4Tensor.from_hp(torch.randn(4, N, K).bfloat16(), [1, 1, group_size])
+        w = plain.dequantize(torch.float64).cuda()
+        exact = torch.zeros(T, N, dtype=torch.float64, device="cuda")
+        back = torch.zeros(T, K, dtype=torch.float64, device="cuda")
+        for expert, (low, high) in enumerate(zip((0, *ends), ends, strict=False)):
+            exact[low:high] = x[low:high].double() @ w[expert].t()
+            back[low:high] = exact[low:high].bfloat16().double() @ w[expert]
+        coalesced = CudaCoalescedInt4Tensor.from_int4_tensor(plain, torch.bfloat16)
+        for name, t in (("plain", plain.cuda()), ("coalesced", coalesced.cuda())):
+            parts = (*t._weight_parts(), group_size)
+            for run in (cuda_experts, gluon_experts, triton_experts):
+                y = run.int4_grouped_mm(x, *parts, offs)
+                check(f"{run.__name__} {name} T={T}", y, exact, 1e-2)
+            grad = exact.bfloat16()
+            y = triton_experts.int4_grouped_mm_backward(grad, *parts, offs)
+            check(f"gradient {name} T={T}", y, back, 1e-2)
+            batch = x[: T // 4 * 4].view(4, -1, K)
+            check(f"bmm {name}", torch.bmm(batch, t), batch.double() @ w.mT, 1e-2)
+
+
+def on_two_streams(x, weight):
+    """What one stream computes while another does the same, and what it computes alone."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    alone = F.linear(x, weight)
+    torch.cuda.synchronize()
+    both = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            both.append(F.linear(x, weight))
+    torch.cuda.synchronize()
+    return torch.cat(both), torch.cat([alone, alone]).double()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    experts()
+    for M, N, K in SHAPES:
+        group_size = 128 if K % 128 == 0 else 32
+        w = torch.randn(N, K).bfloat16()
+        x = torch.randn(M, K).bfloat16().cuda()
+        plain = Int4Tensor.from_hp(w, [1, group_size])
+        exact = F.linear(x.double(), plain.dequantize(torch.float64).cuda())
+        a16 = CudaCoalescedInt4Tensor.from_int4_tensor(plain, torch.bfloat16)
+        a8 = CudaCoalescedInt4Tensor.from_int4_tensor(plain)
+        shape = f"M={M} N={N} K={K} g{group_size}"
+        for name, t, bound in (("plain", plain, 1e-2), ("a16", a16, 1e-2), ("a8", a8, 5e-2)):
+            for call in ("first", "again"):  # the second is a replay, on another copy
+                check(f"{name} {shape} {call}", F.linear(x, t.cuda()), exact, bound)
+        check(f"two streams {shape}", *on_two_streams(x, a8.cuda()), 1e-9)
+        with kernel_preference("triton"):
+            for call in ("first", "again"):
+                check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
+            check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
+            check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
+        if M <= cuda_small_batch.MAX_M:  # every way to share the work, whatever the route
+            on_gpu = plain.cuda()
+            parts = (x, on_gpu.qdata, on_gpu.scale, on_gpu.zero_point, None, None)
+            for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
+                got = cuda_small_batch._run(parts, group_size, False, config)
+                check(f"small batch {config} {shape}", got, exact, 1e-2)
+        packed = (plain.qdata ^ -0x78).cuda()
+        scale = plain.scale.mT.contiguous().cuda()
+        symmetric = exact - F.linear(
+            x.double(), plain.zero_point.mT.double().repeat_interleave(group_size, 1).cuda()
+        )
+        got = torch.ops.int4q.int4_matmul(x, packed, scale, group_size)
+        check(f"symmetric {shape}", got, symmetric, 1e-2)
+        dequantized = plain.cuda().dequantize()
+        check(f"dequantize {shape}", dequantized.cpu(), plain.dequantize(torch.float64), 1e-2)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

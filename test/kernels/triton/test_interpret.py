@@ -1,0 +1,292 @@
+"""The plain-Triton kernels on a CPU, under Triton's interpreter.
+
+The interpreter is chosen when Triton is first imported, so outside of it this file runs itself in
+a process of its own. The interpreter has no inline assembly; the values it checks are those of
+the branches written for it, the indexing, masks and epilogues are the ones that run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from helpers import run_in_interpreter
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_under_the_interpreter():
+        pytest.importorskip("triton")
+        run_in_interpreter(__file__)
+
+else:
+    from dataclasses import dataclass, replace
+    from types import SimpleNamespace
+
+    from int4q.kernels import reference
+    from int4q.kernels.triton import dequant as triton_dequant
+    from int4q.kernels.triton import fp8 as triton_fp8
+    from int4q.kernels.triton import matmul as triton_matmul
+    from int4q.kernels.triton import matvec as triton_matvec
+    from int4q.kernels.triton import tuned
+    from int4q.kernels.triton import w4a8 as triton_w4a8
+    from int4q.kernels.weight import Weight
+
+    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+    # Output rounding (half a unit in the last place) plus the order of float32 additions.
+    TOLERANCE = {BF16: 2**-8, FP16: 2**-11, FP32: 2e-6}
+
+    @dataclass(frozen=True)
+    class Case:
+        M: int
+        N: int
+        K: int
+        group_size: int
+        dtype: torch.dtype = BF16
+        scale_dtype: torch.dtype | None = None
+        why: str = ""
+
+        def __str__(self):
+            return f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{str(self.dtype)[6:]}-{self.why}"
+
+    CASES = [
+        Case(5, 70, 160, 32, why="K tail, N no power of two"),
+        Case(17, 130, 320, 64, FP16, why="two tiles of M and of N"),
+        Case(3, 16, 512, 256, why="group wider than a K tile"),
+        Case(40, 40, 384, 128, why="K split, last arrival adds"),
+        Case(2, 33, 192, 32, FP32, why="float32"),
+        Case(4, 24, 128, 64, BF16, FP32, why="float32 scales, bf16 activations"),
+        Case(4, 24, 128, 64, FP16, BF16, why="scale dtype differs"),
+        Case(1, 96, 320, 64, why="one row"),
+    ]
+
+    def parts(case, seed=0):
+        """x, qdata, scale, zero_point, with both end values of a nibble in both places."""
+        g = torch.Generator().manual_seed(seed)
+        dtype = case.scale_dtype or case.dtype
+        n_groups = case.K // case.group_size
+        qdata = torch.randint(-128, 128, (case.N, case.K // 2), dtype=torch.int8, generator=g)
+        ends = torch.tensor([0x87, 0x78, 0x88, 0x77], dtype=torch.uint8).view(torch.int8)
+        qdata[:, :4] = ends
+        qdata[-1, -4:] = ends
+        scale = (torch.rand(n_groups, case.N, generator=g) + 0.1).to(dtype)
+        zero = torch.randn(n_groups, case.N, generator=g).to(dtype)
+        x = torch.randn(case.M, case.K, generator=g).to(case.dtype)
+        return x, qdata, scale, zero
+
+    def weight(qdata, scale, zero, group_size):
+        """float32 ``[N, K]``, by broadcasting over the groups."""
+        low, high = (qdata << 4) >> 4, qdata >> 4
+        q = torch.stack([low, high], dim=-1).flatten(1).float().unflatten(1, (-1, group_size))
+        value = q * scale.float().t().unsqueeze(-1)
+        if zero is not None:
+            value = value + zero.float().t().unsqueeze(-1)
+        return value.flatten(1)
+
+    def offset_binary(qdata):
+        return qdata ^ torch.tensor(-0x78, dtype=torch.int8)
+
+    def check(y, expected, dtype):
+        assert y.dtype == dtype
+        error = (y.double() - expected).abs()
+        bound = TOLERANCE[dtype] * (expected.abs() + expected.abs().mean())
+        assert (error <= bound).all(), (error / bound).max()
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_linear(case):
+        x, qdata, scale, zero = parts(case)
+        bias = torch.randn(case.N).to(case.dtype)
+        y = triton_matmul.linear(x, Weight(qdata, scale, zero, case.group_size), bias)
+        w = weight(qdata, scale, zero, case.group_size)
+        if case.M > 1:  # one row keeps float32 weights
+            w = w.to(case.dtype)
+        check(y, x.double() @ w.double().t() + bias.double(), case.dtype)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_matmul(case):
+        x, qdata, scale, _ = parts(case)
+        w = weight(qdata, scale, None, case.group_size).to(case.dtype)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        y = triton_matmul.int4_matmul(x, packed, by_row, case.group_size)
+        check(y, x.double() @ w.double().t(), case.dtype)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_matvec(case):
+        x, qdata, scale, _ = parts(case)
+        w = weight(qdata, scale, None, case.group_size)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        y = triton_matvec.int4_matvec(x[:1], packed, by_row, case.group_size)
+        check(y, x[:1].double() @ w.double().t(), case.dtype)
+
+    W4A8 = [
+        Case(1, 7, 160, 32, why="K tail, N under a tile"),
+        Case(2, 20, 384, 128, FP16, why="float16"),
+        Case(3, 9, 192, 64, FP32, why="float32"),
+        Case(5, 13, 64, 32, BF16, FP32, why="float32 scales"),
+        Case(8, 12, 2304, 256, why="two steps of K"),
+    ]
+
+    @pytest.mark.parametrize("coalesced", [False, True])
+    @pytest.mark.parametrize("case", W4A8, ids=str)
+    def test_w4a8(case, coalesced):
+        """The integer sums are the reference's bit for bit; float32 adds up in another order."""
+        x, qdata, scale, zero = parts(case)
+        if coalesced:
+            scale, zero = scale.t().contiguous().t(), zero.t().contiguous().t()
+        sums = torch.empty(case.M, case.N, case.K // 32, dtype=torch.int32)
+        bias = torch.randn(case.N).to(case.dtype) if coalesced else None
+        pre_scale = torch.rand(case.K).to(case.dtype) if coalesced else None
+        config = tuned.W4A8Config(4, 1 + case.K // 2000)
+        more = bias, pre_scale, config, sums
+        y = triton_w4a8.linear(x, Weight(qdata, scale, zero, case.group_size), *more)
+        x = x.float() * (pre_scale.float() if coalesced else 1)
+        xq, d = reference.quantize_activation(x)
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        xq = (xq.double() * d.double().unsqueeze(-1)).flatten(1)
+        w = weight(qdata, scale, zero, case.group_size)
+        check(y, xq @ w.double().t() + (bias.double() if coalesced else 0), case.dtype)
+
+    def test_w4a8_of_special_rows():
+        """Zeros give 0, NaN and Inf a row of NaN, denormals what d = amax / 127 gives them."""
+        case = Case(6, 5, 96, 32)
+        x, qdata, scale, zero = parts(case)
+        x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("-inf")
+        x = x.float()
+        x[3], x[4, 32:64] = 2e-44 * torch.randn(96), 1e-43
+        x[5, :32] = torch.arange(32) * 1e33
+        x[5, 32:64] = torch.arange(32) - 15.5  # halves, to even
+        x[5, 32] = 127
+        sums = torch.empty(6, 5, 3, dtype=torch.int32)
+        y = triton_w4a8.linear(x, Weight(qdata, scale, zero, 32), sums=sums)
+        xq, d = reference.quantize_activation(x)
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        assert (y[0] == 0).all() and y[1:3].isnan().all() and not y[3:].isnan().any()
+        expected = reference.linear_int8(x, Weight(qdata, scale, zero, 32))
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-44, equal_nan=True)
+
+    def test_w4a8_of_slices():
+        """Rows and whole groups cut from a weight, x by columns of another and transposed."""
+        x, qdata, scale, zero = parts(Case(2, 16, 256, 64))
+        rows, k = slice(3, 12), slice(64, 192)
+        args = qdata[rows, 32:96], scale[1:3, rows], zero[1:3, rows]
+        for view in (x[:, k], x[:, k].t().contiguous().t()):
+            y = triton_w4a8.linear(view, *args, 64)
+            assert torch.equal(y, triton_w4a8.linear(*(t.contiguous() for t in (view, *args)), 64))
+            expected = reference.linear_int8(x[:, k].float(), *args, 64)
+            check(y, expected.double(), BF16)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_linear_q4gsw(case):
+        """float32 activations whatever the scales; bias; one row and many."""
+        case = replace(case, dtype=FP32, scale_dtype=case.scale_dtype or case.dtype)
+        x, qdata, scale, _ = parts(case)
+        bias = torch.randn(case.N)
+        packed = offset_binary(qdata).view(torch.uint8)
+        expected = x.double() @ weight(qdata, scale, None, case.group_size).double().t() + bias
+        rest = packed, scale, case.group_size, bias
+        check(triton_matmul.linear_q4gsw(x, *rest), expected, FP32)
+        check(triton_matvec.linear_q4gsw(x[:1], *rest), expected[:1], FP32)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_dequantize(case):
+        _, qdata, scale, zero = parts(case)
+        expected = weight(qdata, scale, zero, case.group_size)
+        for dtype in (BF16, FP16, FP32):
+            w = triton_dequant.dequantize(Weight(qdata, scale, zero, case.group_size), dtype)
+            assert torch.equal(w, expected.to(dtype))
+        symmetric = weight(qdata, scale, None, case.group_size).to(BF16)
+        packed, by_row = offset_binary(qdata), scale.t().contiguous()
+        assert torch.equal(
+            triton_dequant.dequant_w4_to_bf16(packed, by_row, case.group_size), symmetric
+        )
+
+    def test_any_strides():
+        """Strided and transposed x, rows and groups cut from a weight, scales [N, groups]."""
+        case = Case(6, 64, 256, 64)
+        x, qdata, scale, zero = parts(case)
+        w = weight(qdata, scale, zero, 64).to(BF16)[16:48]
+        coalesced = [t.t().contiguous().t()[:, 16:48] for t in (scale, zero)]
+        for view in (torch.stack([x, x], 1)[:, 0], x.t().contiguous().t()):
+            y = triton_matmul.linear(view, qdata[16:48], *coalesced, 64)
+            check(y, x.double() @ w.double().t(), BF16)
+        # Columns: whole groups cut out of a wider weight.
+        inner = qdata[:, 32:96]
+        y = triton_matmul.linear(x[:, 64:192], inner, scale[1:3], zero[1:3], 64)
+        w = weight(qdata, scale, zero, 64).to(BF16)[:, 64:192]
+        check(y, x[:, 64:192].double() @ w.double().t(), BF16)
+
+    def test_activation_scale():
+        """``act_pre_scale`` multiplies x, rounded to the dtype of x, for one row and for many."""
+        case = Case(4, 32, 128, 32)
+        x, qdata, scale, zero = parts(case)
+        factor = (torch.rand(case.K) + 0.5).to(BF16)
+        w = weight(qdata, scale, zero, 32)
+        for rows, used in ((4, w.to(BF16)), (1, w)):
+            y = triton_matmul.linear(
+                x[:rows], Weight(qdata, scale, zero, 32), None, act_pre_scale=factor
+            )
+            check(y, (x[:rows] * factor).double() @ used.double().t(), BF16)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    def test_fp8_rows(dtype):
+        """Bit for bit the reference's, strides and the activation's scale included."""
+        x = (torch.randn(5, 300) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
+        x[2] = 0
+        factor = torch.rand(150) + 0.5
+        for view, scale in ((x, None), (x[:, ::2], factor), (x[:, 150:], factor.to(dtype))):
+            got, expected = triton_fp8.fp8_rows(view, scale), reference.fp8_rows(view, scale)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert triton_fp8.fp8_rows(x[:0])[0].shape == (0, 300)
+
+    def test_fp8_rounding():
+        """Every e4m3 value, the points halfway between two, and their float32 neighbours."""
+        exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        half = (exact[1:] + exact[:-1]) / 2
+        up, down = (half.nextafter(torch.tensor(v)) for v in (448.0, 0.0))
+        x = torch.cat([exact, half, up, down])
+        x = torch.stack([x, -x])
+        values, rows = triton_fp8.fp8_rows(x)  # the largest is 448: a row's scale is 1
+        assert (rows == 1).all()
+        assert torch.equal(values, x.to(torch.float8_e4m3fn).float())
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    def test_fp8_rows_that_are_not_finite():
+        x = torch.randn(3, 32)
+        x[0, 4], x[1, 5] = float("nan"), float("inf")
+        values, rows = triton_fp8.fp8_rows(x)
+        product = (values * rows).sum(1)
+        assert product[:2].isnan().all() and product[2].isfinite()
+
+    def test_slices_of_the_dequantised_weight(monkeypatch):
+        """Dequantise + cuBLAS in slices: bounded memory, bias and all columns right."""
+        monkeypatch.setattr(triton_dequant, "SLICE_BYTES", 300 * 128 * 2)
+        case = Case(9, 600, 128, 32)
+        x, qdata, scale, zero = parts(case)
+        bias = torch.randn(case.N).to(BF16)
+        y = triton_dequant.linear(x, Weight(qdata, scale, zero, 32), bias)
+        w = weight(qdata, scale, zero, 32).to(BF16)
+        check(y, x.double() @ w.double().t() + bias.double(), BF16)
+
+    @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0, 0)])
+    def test_empty(shape):
+        M, N = shape
+        x, qdata, scale, zero = parts(Case(max(M, 1), max(N, 1), 64, 32))
+        x, qdata, scale, zero = x[:M], qdata[:N], scale[:, :N], zero[:, :N]
+        assert triton_matmul.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
+        assert triton_dequant.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
+        assert triton_w4a8.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
+        assert triton_dequant.dequantize(Weight(qdata, scale, zero, 32), BF16).shape == (N, 64)
+
+    def test_reasons():
+        """Why a kernel refuses is said; under the interpreter the CPU is accepted."""
+        problem = SimpleNamespace(
+            op="int4_linear", device="cpu", dtype=BF16, scale_dtype=BF16, M=4, N=8, K=64,
+            group_size=32, capability=None,
+        )  # fmt: skip
+        assert triton_matmul.unsupported(problem) is None
+        assert "one row" in triton_matvec.unsupported(problem)
+        assert triton_w4a8.unsupported(problem) is None
+        assert "up to 8 rows" in triton_w4a8.unsupported(SimpleNamespace(M=9))
+        assert f"M={tuned.DEQUANTIZE_FROM_M}" in triton_dequant.unsupported_linear(problem)
+        problem.K = 80
+        assert "multiple of group_size" in triton_matmul.unsupported(problem)
