@@ -223,9 +223,9 @@ def test_w4a8_in_triton_stands_behind_cuda_and_before_the_reference():
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
-    from int4q.kernels.cuda import entries as cuda
+    from int4q.kernels.triton import entries
 
-    monkeypatch.setattr(cuda, "_triton_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(entries, "_missing", lambda: "triton is not installed")
     reasons = {name: why for name, _, why in registry.explain(problem(M=128, **H200))}
     assert reasons["gluon_matmul"] == reasons["triton_matmul"] == "triton is not installed"
     assert choose(problem(M=128, **H200)).name == "reference"
@@ -235,7 +235,7 @@ def test_triton_launches_on_the_tensors_device(monkeypatch):
     """A weight on cuda:1 while cuda:0 is current, with stand-ins for both."""
     from types import SimpleNamespace
 
-    from int4q.kernels.cuda import entries as cuda
+    from int4q.kernels.launch import lazy
 
     current = [0]
 
@@ -251,7 +251,7 @@ def test_triton_launches_on_the_tensors_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Device)
-    seen = cuda.on_its_device(lambda x: current[0])
+    seen = lazy.on_its_device(lambda x: current[0])
     for index in (0, 1):
         device = SimpleNamespace(index=index)
         assert seen(SimpleNamespace(is_cuda=True, device=device)) == index

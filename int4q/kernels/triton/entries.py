@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -12,11 +13,12 @@ from int4q.kernels.triton import tuned
 
 tuned.on_change(registry.route.cache_clear)
 
-_MISSING = (
-    "triton is not installed (pip install int4q[cuda])"
-    if importlib.util.find_spec("triton") is None
-    else None
-)
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install int4q[cuda])"
+    return None
 
 
 def _kernel(name: str, file: str, function: str = "linear", check: str = "unsupported") -> Kernel:
@@ -27,7 +29,7 @@ def _kernel(name: str, file: str, function: str = "linear", check: str = "unsupp
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if problem.device != "cuda" and not (interpreted and problem.device == "cpu"):
             return f"runs on cuda, not {problem.device}"
-        return _MISSING or getattr(module(path), check)(problem)
+        return _missing() or getattr(module(path), check)(problem)
 
     return Kernel(name, KernelPreference.TRITON, unsupported, on_its_device(lazy(path, function)))
 

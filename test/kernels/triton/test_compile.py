@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,7 @@ def jobs():
     from int4q.kernels.triton import matmul as triton_matmul
     from int4q.kernels.triton import matvec as triton_matvec
     from int4q.kernels.triton import w4a8 as triton_w4a8
+    from int4q.kernels.weight import Weight
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -41,27 +41,30 @@ def jobs():
         shape = (N, K // group_size) if coalesced else (K // group_size, N)
         scale = empty(*shape, dtype=dtype)
         scale = scale.mT if coalesced else scale
-        qdata = empty(N, K // 2, dtype=torch.int8)
+        weight = Weight(empty(N, K // 2, dtype=torch.int8), scale, scale, group_size)
         bias = empty(N, dtype=dtype) if bias else None
-        return lambda: run(empty(M, K, dtype=dtype), qdata, scale, scale, group_size, bias)
+        return lambda: run(empty(M, K, dtype=dtype), weight, bias)
 
     found = []
     for M in (16, 32, 64, 128, 256, 512):  # one row of the table each, for wide and for narrow N
         for N in (28672, 4096):
             name = f"gluon M={M} N={N}"
-            found.append((name, linear(gluon_matmul.int4_linear, M, N, 4096, 128)))
+            found.append((name, linear(gluon_matmul.linear, M, N, 4096, 128)))
     for name, more in {
         "group 32, scales [N, groups]": dict(group_size=32, coalesced=True),
         "group 256, fp16": dict(group_size=256, dtype=torch.float16),
     }.items():
-        found.append((f"gluon {name}", linear(gluon_matmul.int4_linear, 64, 4096, 4096, **more)))
-    for M in (1, 16, 64, 256):
-        found.append((f"triton M={M}", linear(triton_matmul.int4_linear, M, 4096, 4096, 128)))
+        found.append((f"gluon {name}", linear(gluon_matmul.linear, 64, 4096, 4096, **more)))
+    for M in (2, 16, 64, 256):
+        found.append((f"triton M={M}", linear(triton_matmul.linear, M, 4096, 4096, 128)))
+        wide = linear(triton_matmul.linear, M, 4096, 4096, 32, torch.float32)
+        found.append((f"triton M={M}, float32", wide))
+    found.append(("matvec", linear(triton_matvec.linear, 1, 4096, 4096, 128)))
 
     def experts(run, T, E, group_size=128, coalesced=False):
         scale = empty(E, 2048, 2048 // group_size).mT if coalesced else empty(E, 16, 2048)
-        stack = (empty(E, 2048, 1024, dtype=torch.int8), scale, scale, group_size)
-        return lambda: run(empty(T, 2048), *stack, empty(E, dtype=torch.int32))
+        stack = Weight(empty(E, 2048, 1024, dtype=torch.int8), scale, scale, group_size)
+        return lambda: run(empty(T, 2048), stack, empty(E, dtype=torch.int32))
 
     for mean in (1, 8, 20, 64, 128, 1024):  # one row of experts_config each
         run = gluon_experts.int4_grouped_mm
@@ -79,26 +82,17 @@ def jobs():
             found.append((name, job))
     job = linear(triton_w4a8.linear, 1, 1, 32, 32)  # Triton turns arguments of 1 into constants
     found.append(("W4A8 of one row of one block", job))
-    for M in (16, 32, 64, 256):
-        args = empty(M, 4096, dtype=torch.float32), empty(4096, 2048, dtype=torch.uint8)
-        scales = empty(128, 4096, dtype=torch.float32)
-        job = partial(triton_matmul.linear_q4gsw, *args, scales, 32, scales[0])
-        found.append((f"q4gsw M={M}", job))
-    packed, by_row = empty(4096, 2048, dtype=torch.int8), empty(4096, 32)
-    x = empty(16, 4096)
+    x, scale = empty(16, 4096), empty(32, 4096)
+    symmetric = Weight(empty(4096, 2048, dtype=torch.int8), scale, None, 128, signed=False)
+    tail = Weight(empty(4096, 80, dtype=torch.int8), scale[:5], scale[:5], 32)
     found += [
-        ("gluon symmetric", lambda: gluon_matmul.int4_matmul(x, packed, by_row, 128)),
-        ("triton symmetric", lambda: triton_matmul.int4_matmul(x, packed, by_row, 128)),
-        ("fp8 rows", lambda: triton_fp8.fp8_rows(x, by_row[0].repeat(128))),
+        ("gluon symmetric", lambda: gluon_matmul.linear(x, symmetric)),
+        ("triton symmetric", lambda: triton_matmul.linear(x, symmetric)),
+        ("fp8 rows", lambda: triton_fp8.fp8_rows(x, scale[0])),
         ("fp8 rows, float32", lambda: triton_fp8.fp8_rows(empty(3, 320, dtype=torch.float32))),
-        ("matvec", lambda: triton_matvec.int4_matvec(x[:1], packed, by_row, 128)),
-        ("dequantise", lambda: triton_dequant.dequant_w4_to_bf16(packed, by_row, 128)),
-        (
-            "dequantise affine, tail of K",
-            lambda: triton_dequant.dequantize(
-                packed[:, :80], by_row[:, :5].mT, by_row[:, :5].mT, 32, torch.float16
-            ),
-        ),
+        ("matvec symmetric", lambda: triton_matvec.linear(x[:1], symmetric)),
+        ("dequantise", lambda: triton_dequant.dequantize(symmetric, torch.bfloat16)),
+        ("dequantise affine, tail", lambda: triton_dequant.dequantize(tail, torch.float16)),
     ]
     return found
 

@@ -20,11 +20,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from dataclasses import dataclass
+    from functools import partial
 
-    from int4q.kernels import reference, registry
+    import weights
+
+    from int4q.kernels import registry
     from int4q.kernels.triton import experts as triton_experts
     from int4q.kernels.triton import experts_plan as triton_plan
-    from int4q.kernels.weight import Weight
 
     BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     # Output rounding (half a unit in the last place) plus the order of float32 additions.
@@ -55,17 +57,14 @@ else:
 
     def parts(case, seed=0):
         g = torch.Generator().manual_seed(seed)
-        E, groups = len(case.ends), case.K // case.group_size
-        shape = E, case.N, case.K // 2
-        qdata = torch.randint(-128, 128, shape, dtype=torch.int8, generator=g)
-        scale = (torch.rand(E, groups, case.N, generator=g) + 0.1).to(case.dtype)
-        zero = torch.randn(E, groups, case.N, generator=g).to(case.dtype)
-        if case.coalesced:
-            scale, zero = scale.mT.contiguous().mT, zero.mT.contiguous().mT
+        E = len(case.ends)
+        stack = weights.random_weight(
+            case.N, case.K, case.group_size, case.dtype, experts=E, coalesced=case.coalesced,
+            generator=g,
+        )  # fmt: skip
         x = torch.randn(case.T, case.K, generator=g).to(case.dtype)
-        w = reference.dequantize(Weight(qdata, scale, zero, case.group_size), FP32).to(case.dtype)
         offs = torch.tensor(case.ends, dtype=torch.int32)
-        return x, qdata, scale, zero, offs, w.double()
+        return x, stack, offs, weights.values(stack).to(case.dtype).double()
 
     def grouped(x, w, ends):
         y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float64)
@@ -73,49 +72,45 @@ else:
             y[start:end] = x[start:end].double() @ w[expert].t()
         return y
 
-    def check(y, expected, dtype):
-        assert y.dtype == dtype and y.shape == expected.shape
-        error = (y.double() - expected).abs()
-        bound = TOLERANCE[dtype] * (expected.abs() + expected.abs().mean())
-        assert (error <= bound).all(), (error / bound).max()
+    check = partial(weights.check, tolerance=TOLERANCE)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_grouped_mm(case):
-        x, *stack, offs, w = parts(case)
-        y = triton_experts.int4_grouped_mm(x, *stack, case.group_size, offs)
+        x, stack, offs, w = parts(case)
+        y = triton_experts.int4_grouped_mm(x, stack, offs)
         check(y, grouped(x, w, case.ends), case.dtype)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_grouped_mm_backward(case):
-        _, *stack, offs, w = parts(case)
+        _, stack, offs, w = parts(case)
         grad = torch.randn(case.T, case.N).to(case.dtype)
-        y = triton_experts.int4_grouped_mm_backward(grad, *stack, case.group_size, offs)
+        y = triton_experts.int4_grouped_mm_backward(grad, stack, offs)
         check(y, grouped(grad, w.mT, case.ends), case.dtype)
 
     @pytest.mark.parametrize("M", [0, 1, 3, 20])
     def test_bmm_and_backward(M):
         case = CASES[0]
-        _, *stack, _, w = parts(case)
+        _, stack, _, w = parts(case)
         x = torch.randn(4, M, 160).bfloat16()
-        check(triton_experts.int4_bmm(x, *stack, 32), x.double() @ w.mT, BF16)
+        check(triton_experts.int4_bmm(x, stack), x.double() @ w.mT, BF16)
         grad = torch.randn(4, 70, M).bfloat16().mT  # strided
-        check(triton_experts.int4_bmm_backward(grad, *stack, 32), grad.double() @ w, BF16)
+        check(triton_experts.int4_bmm_backward(grad, stack), grad.double() @ w, BF16)
 
     @pytest.mark.parametrize("dtype", [BF16, FP32])
     def test_act_pre_scale_multiplies_first(dtype):
-        x, *stack, offs, w = parts(CASES[0])
+        x, stack, offs, w = parts(CASES[0])
         factor = torch.rand(160).to(dtype) + 0.5
         scaled = (x.float() * factor.float()).bfloat16()  # one rounding, in the kernel too
-        y = triton_experts.int4_grouped_mm(x, *stack, 32, offs, factor)
+        y = triton_experts.int4_grouped_mm(x, stack, offs, factor)
         check(y, grouped(scaled, w, CASES[0].ends), BF16)
         x, scaled = (t[:12].unflatten(0, (4, 3)) for t in (x, scaled))
-        check(triton_experts.int4_bmm(x, *stack, 32, factor), scaled.double() @ w.mT, BF16)
+        check(triton_experts.int4_bmm(x, stack, factor), scaled.double() @ w.mT, BF16)
 
     def test_the_ops_come_here():
         """Under the interpreter the ops of a CPU tensor can be sent to these kernels."""
-        x, *stack, offs, w = parts(CASES[0])
+        x, stack, offs, w = parts(CASES[0])
         with registry.kernel_preference("triton"):
-            y = torch.ops.int4q.int4_grouped_mm(x, *stack, 32, offs)
+            y = torch.ops.int4q.int4_grouped_mm(x, *stack[:4], offs)
         check(y, grouped(x, w, CASES[0].ends), BF16)
 
     def test_plan_of_blocks():

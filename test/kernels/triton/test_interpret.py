@@ -21,7 +21,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from dataclasses import dataclass, replace
+    from functools import partial
     from types import SimpleNamespace
+
+    import weights
+    from weights import offset_binary, values
 
     from int4q.kernels import reference
     from int4q.kernels.triton import dequant as triton_dequant
@@ -60,63 +64,33 @@ else:
         Case(1, 96, 320, 64, why="one row"),
     ]
 
+    check = partial(weights.check, tolerance=TOLERANCE)
+
     def parts(case, seed=0):
-        """x, qdata, scale, zero_point, with both end values of a nibble in both places."""
+        """x and the weight."""
         g = torch.Generator().manual_seed(seed)
         dtype = case.scale_dtype or case.dtype
-        n_groups = case.K // case.group_size
-        qdata = torch.randint(-128, 128, (case.N, case.K // 2), dtype=torch.int8, generator=g)
-        ends = torch.tensor([0x87, 0x78, 0x88, 0x77], dtype=torch.uint8).view(torch.int8)
-        qdata[:, :4] = ends
-        qdata[-1, -4:] = ends
-        scale = (torch.rand(n_groups, case.N, generator=g) + 0.1).to(dtype)
-        zero = torch.randn(n_groups, case.N, generator=g).to(dtype)
-        x = torch.randn(case.M, case.K, generator=g).to(case.dtype)
-        return x, qdata, scale, zero
-
-    def weight(qdata, scale, zero, group_size):
-        """float32 ``[N, K]``, by broadcasting over the groups."""
-        low, high = (qdata << 4) >> 4, qdata >> 4
-        q = torch.stack([low, high], dim=-1).flatten(1).float().unflatten(1, (-1, group_size))
-        value = q * scale.float().t().unsqueeze(-1)
-        if zero is not None:
-            value = value + zero.float().t().unsqueeze(-1)
-        return value.flatten(1)
-
-    def offset_binary(qdata):
-        return qdata ^ torch.tensor(-0x78, dtype=torch.int8)
-
-    def check(y, expected, dtype):
-        assert y.dtype == dtype
-        error = (y.double() - expected).abs()
-        bound = TOLERANCE[dtype] * (expected.abs() + expected.abs().mean())
-        assert (error <= bound).all(), (error / bound).max()
+        weight = weights.random_weight(case.N, case.K, case.group_size, dtype, generator=g)
+        return torch.randn(case.M, case.K, generator=g).to(case.dtype), weight
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_linear(case):
-        x, qdata, scale, zero = parts(case)
+        """Weights rounded to the dtype of x; with zero points, without, offset binary."""
+        x, weight = parts(case)
         bias = torch.randn(case.N).to(case.dtype)
-        y = triton_matmul.linear(x, Weight(qdata, scale, zero, case.group_size), bias)
-        w = weight(qdata, scale, zero, case.group_size)
-        if case.M > 1:  # one row keeps float32 weights
-            w = w.to(case.dtype)
-        check(y, x.double() @ w.double().t() + bias.double(), case.dtype)
-
-    @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_matmul(case):
-        x, qdata, scale, _ = parts(case)
-        w = weight(qdata, scale, None, case.group_size).to(case.dtype)
-        packed, by_row = offset_binary(qdata), scale.t().contiguous()
-        y = triton_matmul.int4_matmul(x, packed, by_row, case.group_size)
-        check(y, x.double() @ w.double().t(), case.dtype)
+        for used in (weight, offset_binary(weight)):
+            w = values(used).to(case.dtype).double()
+            check(triton_matmul.linear(x, used), x.double() @ w.t(), case.dtype)
+            y = triton_matmul.linear(x, used, bias)
+            check(y, x.double() @ w.t() + bias.double(), case.dtype)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_matvec(case):
-        x, qdata, scale, _ = parts(case)
-        w = weight(qdata, scale, None, case.group_size)
-        packed, by_row = offset_binary(qdata), scale.t().contiguous()
-        y = triton_matvec.int4_matvec(x[:1], packed, by_row, case.group_size)
-        check(y, x[:1].double() @ w.double().t(), case.dtype)
+        """Weights in float32; one row."""
+        x, weight = parts(case)
+        for used in (weight, offset_binary(weight)):
+            y = triton_matvec.linear(x[:1], used)
+            check(y, x[:1].double() @ values(used).double().t(), case.dtype)
 
     W4A8 = [
         Case(1, 7, 160, 32, why="K tail, N under a tile"),
@@ -130,26 +104,26 @@ else:
     @pytest.mark.parametrize("case", W4A8, ids=str)
     def test_w4a8(case, coalesced):
         """The integer sums are the reference's bit for bit; float32 adds up in another order."""
-        x, qdata, scale, zero = parts(case)
+        x, weight = parts(case)
         if coalesced:
-            scale, zero = scale.t().contiguous().t(), zero.t().contiguous().t()
+            weight = weights.coalesced_scales(weight)
         sums = torch.empty(case.M, case.N, case.K // 32, dtype=torch.int32)
         bias = torch.randn(case.N).to(case.dtype) if coalesced else None
         pre_scale = torch.rand(case.K).to(case.dtype) if coalesced else None
         config = tuned.W4A8Config(4, 1 + case.K // 2000)
         more = bias, pre_scale, config, sums
-        y = triton_w4a8.linear(x, Weight(qdata, scale, zero, case.group_size), *more)
+        y = triton_w4a8.linear(x, weight, *more)
         x = x.float() * (pre_scale.float() if coalesced else 1)
         xq, d = reference.quantize_activation(x)
-        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, weight.qdata))
         xq = (xq.double() * d.double().unsqueeze(-1)).flatten(1)
-        w = weight(qdata, scale, zero, case.group_size)
+        w = values(weight)
         check(y, xq @ w.double().t() + (bias.double() if coalesced else 0), case.dtype)
 
     def test_w4a8_of_special_rows():
         """Zeros give 0, NaN and Inf a row of NaN, denormals what d = amax / 127 gives them."""
         case = Case(6, 5, 96, 32)
-        x, qdata, scale, zero = parts(case)
+        x, weight = parts(case)
         x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("-inf")
         x = x.float()
         x[3], x[4, 32:64] = 2e-44 * torch.randn(96), 1e-43
@@ -157,75 +131,65 @@ else:
         x[5, 32:64] = torch.arange(32) - 15.5  # halves, to even
         x[5, 32] = 127
         sums = torch.empty(6, 5, 3, dtype=torch.int32)
-        y = triton_w4a8.linear(x, Weight(qdata, scale, zero, 32), sums=sums)
+        y = triton_w4a8.linear(x, weight, sums=sums)
         xq, d = reference.quantize_activation(x)
-        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, qdata))
+        assert torch.equal(sums.transpose(1, 2), reference.int8_dots(xq, weight.qdata))
         assert (y[0] == 0).all() and y[1:3].isnan().all() and not y[3:].isnan().any()
-        expected = reference.linear_int8(x, Weight(qdata, scale, zero, 32))
+        expected = reference.linear_int8(x, weight)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-44, equal_nan=True)
 
     def test_w4a8_of_slices():
         """Rows and whole groups cut from a weight, x by columns of another and transposed."""
-        x, qdata, scale, zero = parts(Case(2, 16, 256, 64))
+        x, (qdata, scale, zero, *_) = parts(Case(2, 16, 256, 64))
         rows, k = slice(3, 12), slice(64, 192)
-        args = qdata[rows, 32:96], scale[1:3, rows], zero[1:3, rows]
+        cut = qdata[rows, 32:96], scale[1:3, rows], zero[1:3, rows]
+        whole = Weight(*(t.contiguous() for t in cut), 64)
         for view in (x[:, k], x[:, k].t().contiguous().t()):
-            y = triton_w4a8.linear(view, *args, 64)
-            assert torch.equal(y, triton_w4a8.linear(*(t.contiguous() for t in (view, *args)), 64))
-            expected = reference.linear_int8(x[:, k].float(), *args, 64)
-            check(y, expected.double(), BF16)
+            y = triton_w4a8.linear(view, Weight(*cut, 64))
+            assert torch.equal(y, triton_w4a8.linear(view.contiguous(), whole))
+            check(y, reference.linear_int8(x[:, k].float(), whole).double(), BF16)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_linear_q4gsw(case):
-        """float32 activations whatever the scales; bias; one row and many."""
+    def test_float32_activations(case):
+        """Whatever the scales' dtype; bias; one row and many."""
         case = replace(case, dtype=FP32, scale_dtype=case.scale_dtype or case.dtype)
-        x, qdata, scale, _ = parts(case)
-        bias = torch.randn(case.N)
-        packed = offset_binary(qdata).view(torch.uint8)
-        expected = x.double() @ weight(qdata, scale, None, case.group_size).double().t() + bias
-        rest = packed, scale, case.group_size, bias
-        check(triton_matmul.linear_q4gsw(x, *rest), expected, FP32)
-        check(triton_matvec.linear_q4gsw(x[:1], *rest), expected[:1], FP32)
+        x, weight = parts(case)
+        weight, bias = offset_binary(weight), torch.randn(case.N)
+        expected = x.double() @ values(weight).double().t() + bias
+        check(triton_matmul.linear(x, weight, bias), expected, FP32)
+        check(triton_matvec.linear(x[:1], weight, bias), expected[:1], FP32)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_dequantize(case):
-        _, qdata, scale, zero = parts(case)
-        expected = weight(qdata, scale, zero, case.group_size)
-        for dtype in (BF16, FP16, FP32):
-            w = triton_dequant.dequantize(Weight(qdata, scale, zero, case.group_size), dtype)
-            assert torch.equal(w, expected.to(dtype))
-        symmetric = weight(qdata, scale, None, case.group_size).to(BF16)
-        packed, by_row = offset_binary(qdata), scale.t().contiguous()
-        assert torch.equal(
-            triton_dequant.dequant_w4_to_bf16(packed, by_row, case.group_size), symmetric
-        )
+        _, weight = parts(case)
+        for used in (weight, offset_binary(weight)):
+            for dtype in (BF16, FP16, FP32):
+                w = triton_dequant.dequantize(used, dtype)
+                assert torch.equal(w, values(used).to(dtype))
 
     def test_any_strides():
         """Strided and transposed x, rows and groups cut from a weight, scales [N, groups]."""
-        case = Case(6, 64, 256, 64)
-        x, qdata, scale, zero = parts(case)
-        w = weight(qdata, scale, zero, 64).to(BF16)[16:48]
-        coalesced = [t.t().contiguous().t()[:, 16:48] for t in (scale, zero)]
+        x, weight = parts(Case(6, 64, 256, 64))
+        w, some = values(weight).to(BF16).double(), slice(16, 48)
+        cut = weights.coalesced_scales(weight).rows(some)
         for view in (torch.stack([x, x], 1)[:, 0], x.t().contiguous().t()):
-            y = triton_matmul.linear(view, qdata[16:48], *coalesced, 64)
-            check(y, x.double() @ w.double().t(), BF16)
+            check(triton_matmul.linear(view, cut), x.double() @ w[some].t(), BF16)
         # Columns: whole groups cut out of a wider weight.
-        inner = qdata[:, 32:96]
-        y = triton_matmul.linear(x[:, 64:192], inner, scale[1:3], zero[1:3], 64)
-        w = weight(qdata, scale, zero, 64).to(BF16)[:, 64:192]
-        check(y, x[:, 64:192].double() @ w.double().t(), BF16)
+        qdata, scale, zero, *_ = weight
+        inner = Weight(qdata[:, 32:96], scale[1:3], zero[1:3], 64)
+        y = triton_matmul.linear(x[:, 64:192], inner)
+        check(y, x[:, 64:192].double() @ w[:, 64:192].t(), BF16)
 
     def test_activation_scale():
         """``act_pre_scale`` multiplies x, rounded to the dtype of x, for one row and for many."""
         case = Case(4, 32, 128, 32)
-        x, qdata, scale, zero = parts(case)
+        x, weight = parts(case)
         factor = (torch.rand(case.K) + 0.5).to(BF16)
-        w = weight(qdata, scale, zero, 32)
-        for rows, used in ((4, w.to(BF16)), (1, w)):
-            y = triton_matmul.linear(
-                x[:rows], Weight(qdata, scale, zero, 32), None, act_pre_scale=factor
-            )
-            check(y, (x[:rows] * factor).double() @ used.double().t(), BF16)
+        scaled, w = (x * factor).double(), values(weight)
+        y = triton_matmul.linear(x, weight, None, factor)
+        check(y, scaled @ w.to(BF16).double().t(), BF16)
+        y = triton_matvec.linear(x[:1], weight, None, factor)
+        check(y, scaled[:1] @ w.double().t(), BF16)
 
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     def test_fp8_rows(dtype):
@@ -261,21 +225,20 @@ else:
         """Dequantise + cuBLAS in slices: bounded memory, bias and all columns right."""
         monkeypatch.setattr(triton_dequant, "SLICE_BYTES", 300 * 128 * 2)
         case = Case(9, 600, 128, 32)
-        x, qdata, scale, zero = parts(case)
+        x, weight = parts(case)
         bias = torch.randn(case.N).to(BF16)
-        y = triton_dequant.linear(x, Weight(qdata, scale, zero, 32), bias)
-        w = weight(qdata, scale, zero, 32).to(BF16)
+        y = triton_dequant.linear(x, weight, bias)
+        w = values(weight).to(BF16)
         check(y, x.double() @ w.double().t() + bias.double(), BF16)
 
     @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0, 0)])
     def test_empty(shape):
         M, N = shape
-        x, qdata, scale, zero = parts(Case(max(M, 1), max(N, 1), 64, 32))
-        x, qdata, scale, zero = x[:M], qdata[:N], scale[:, :N], zero[:, :N]
-        assert triton_matmul.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
-        assert triton_dequant.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
-        assert triton_w4a8.linear(x, Weight(qdata, scale, zero, 32)).shape == shape
-        assert triton_dequant.dequantize(Weight(qdata, scale, zero, 32), BF16).shape == (N, 64)
+        x, weight = parts(Case(max(M, 1), max(N, 1), 64, 32))
+        x, weight = x[:M], weight.rows(slice(N))
+        for run in (triton_matmul, triton_dequant, triton_w4a8):
+            assert run.linear(x, weight).shape == shape
+        assert triton_dequant.dequantize(weight, BF16).shape == (N, 64)
 
     def test_reasons():
         """Why a kernel refuses is said; under the interpreter the CPU is accepted."""

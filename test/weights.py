@@ -1,0 +1,55 @@
+"""Random 4-bit weights as kernels take them, and their values by arithmetic of the tests' own."""
+
+import torch
+
+from int4q.kernels.weight import Weight
+
+ENDS = (0x87, 0x78, 0x88, 0x77)
+"""Bytes that hold both ends of a nibble's range, -8 and 7, in both places."""
+
+
+def random_weight(N, K, group_size, dtype, *, experts=None, coalesced=False, generator=None):
+    """Another scale and zero point in every group; ``ENDS`` first in each row, last in the last."""
+    stack = () if experts is None else (experts,)
+    on = {"generator": generator, "device": generator.device if generator else None}
+    n_groups = K // group_size
+    qdata = torch.randint(-128, 128, (*stack, N, K // 2), dtype=torch.int8, **on)
+    ends = torch.tensor(ENDS, dtype=torch.uint8, device=qdata.device).view(torch.int8)
+    qdata[..., :4] = ends
+    qdata[..., -1:, -4:] = ends
+    scale = (torch.rand(*stack, n_groups, N, **on) + 0.1).to(dtype)
+    zero_point = torch.randn(*stack, n_groups, N, **on).to(dtype)
+    weight = Weight(qdata, scale, zero_point, group_size)
+    return coalesced_scales(weight) if coalesced else weight
+
+
+def coalesced_scales(weight: Weight) -> Weight:
+    """The same weight with the groups of a row side by side in memory."""
+    scale, zero_point = (t.mT.contiguous().mT for t in (weight.scale, weight.zero_point))
+    return weight._replace(scale=scale, zero_point=zero_point)
+
+
+def offset_binary(weight: Weight) -> Weight:
+    """Its symmetric part: no zero points, nibbles ``q + 8``."""
+    flip = torch.tensor(-0x78, dtype=torch.int8, device=weight.qdata.device)
+    return Weight(weight.qdata ^ flip, weight.scale, None, weight.group_size, signed=False)
+
+
+def values(weight: Weight) -> torch.Tensor:
+    """float32 ``[.., N, K]``: ``q * scale``, rounded, then plus the zero point, rounded."""
+    low, high = weight.qdata & 15, (weight.qdata >> 4) & 15
+    nibbles = torch.stack([low, high], dim=-1).flatten(-2)
+    q = (nibbles ^ 8) - 8 if weight.signed else nibbles - 8
+    q = q.float().unflatten(-1, (-1, weight.group_size))
+    result = q * weight.scale.float().mT.unsqueeze(-1)
+    if weight.zero_point is not None:
+        result = result + weight.zero_point.float().mT.unsqueeze(-1)
+    return result.flatten(-2)
+
+
+def check(y, expected, dtype, tolerance):
+    """Each element of ``y`` within ``tolerance[dtype]`` of its own and of the mean size."""
+    assert y.dtype == dtype and y.shape == expected.shape
+    error = (y.double() - expected).abs()
+    bound = tolerance[dtype] * (expected.abs() + expected.abs().mean())
+    assert (error <= bound).all(), (error / bound).max()
