@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from int4q.bench.report import geometric_mean
 from int4q.bench.shapes import GROUPS, Shape
 from int4q.kernels.cuda import decode as cuda_decode
 from int4q.kernels.triton import tuned
+from int4q.kernels.weight import Weight
 
 SHAPES = (
     Shape(21504, 5376, "Gemma 3 27B gate_proj or up_proj"),
@@ -46,16 +48,16 @@ _TOLERANCE = {"C++ W4A16": 6e-3}
 
 
 def engine(name: str) -> Callable[..., Tensor]:
-    """``(x, qdata, scale, zero_point, group_size) -> y`` of an entry of ``ENGINES``."""
+    """``(x, weight, ...) -> y`` of an entry of ``ENGINES``."""
     if name.startswith("Triton"):
         from int4q.kernels.triton import w4a8 as triton_w4a8
 
         return triton_w4a8.linear
     dtype = torch.int8 if name.endswith("A8") else torch.bfloat16
-    return lambda *parts: cuda_decode.linear(*parts, activation=dtype)
+    return partial(cuda_decode.linear, activation=dtype)
 
 
-class Weight:
+class Copies:
     """Copies of one weight in both layouts, its peer, and its values."""
 
     def __init__(self, shape: Shape, group_size: int, peer: bool):
@@ -65,7 +67,7 @@ class Weight:
         plain = [t.clone() for _ in range(n)]
         coalesced = [CudaCoalescedInt4Tensor.from_int4_tensor(p) for p in plain]
         self.parts = {
-            name: [(*p._weight_parts(), group_size) for p in copies]
+            name: [Weight(*p._weight_parts(), group_size) for p in copies]
             for name, copies in zip(LAYOUTS, (plain, coalesced), strict=True)
         }
         self.peer = _PEER.prepare(t, w, n) if peer else None
@@ -77,12 +79,12 @@ class Weight:
         for name in ENGINES:
             for layout in LAYOUTS:
                 run, tolerance = engine(name), _TOLERANCE.get(name, 1.5e-2)
-                calls = [lambda p=p, r=run: r(x, *p) for p in self.parts[layout]]
+                calls = [lambda p=p, r=run: r(x, p) for p in self.parts[layout]]
                 found[f"{name} {layout}"] = calls, self.exact, tolerance
         if x.shape[0] <= 2:  # (more rows of activations spill)
             wide = tuned.W4A8Config(8, 4)
             calls = [
-                lambda p=p: engine("Triton W4A8")(x, *p, config=wide) for p in self.parts["plain"]
+                lambda p=p: engine("Triton W4A8")(x, p, config=wide) for p in self.parts["plain"]
             ]
             found[WIDE] = calls, self.exact, 1.5e-2
         if self.peer is not None:
@@ -95,7 +97,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.float() - exact).norm() / exact.norm())
 
 
-def row(shape: Shape, weight: Weight, M: int, floor_us: float) -> dict:
+def row(shape: Shape, weight: Copies, M: int, floor_us: float) -> dict:
     """Times of every contender at this M; a wrong one has none."""
     x = torch.randn(M, shape.K, device="cuda", dtype=torch.bfloat16)
     us, errors, wrong = {}, {}, {}
@@ -153,7 +155,7 @@ def run(
     for group_size in groups:
         for shape in shapes:
             torch.manual_seed(shape.N + group_size)
-            weight = Weight(shape, group_size, peer=missing is None)
+            weight = Copies(shape, group_size, peer=missing is None)
             floor_us = floor.microseconds(weight.tensor.nbytes)
             for M in rows:
                 result["rows"].append(row(shape, weight, M, floor_us))

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import (
@@ -36,8 +35,9 @@ from int4q.kernels.launch.planner import (
     Parts,
     Plan,
     Planner,
-    unsupported_shape,
+    unsupported_weight,
 )
+from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
 MAX_M = 16
@@ -122,44 +122,18 @@ def choose_config(
     return best
 
 
-def unsupported(
-    M: int,
-    N: int,
-    K: int,
-    group_size: int,
-    x_dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    capability: tuple[int, int],
-) -> str | None:
-    """Why these kernels cannot do this problem; None if they can. Looks at its arguments only."""
-    if tuple(capability) < (8, 0):
-        return f"compute capability must be 8.0 or later, got {capability[0]}.{capability[1]}"
-    if not 0 <= M <= MAX_M:
-        return f"M (rows of x) must be at most {MAX_M}, got {M}"
-    for name, dtype in (("x", x_dtype), ("scale", scale_dtype)):
-        if dtype not in TYPE_CODES:
-            return f"{name} must be bfloat16, float16 or float32, got {dtype}"
-    return unsupported_shape(N, K, group_size)
-
-
-def linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
-    activation: torch.dtype = torch.bfloat16,
-    config: Config | MatvecConfig | None = None,
-) -> Tensor:
-    """``(x * act_pre_scale) @ W.T + bias``: ``[.., N]`` in x's dtype.
-
-    Args:
-        x: bfloat16, float16 or float32 ``[.., K]``, at most 16 rows.
-        bias: ``[N]``.
-        act_pre_scale: ``[K]``, multiplies x in float32.
-        activation: ``torch.bfloat16`` (W4A16) or ``torch.int8`` (W4A8).
-        config: how the work is cut; by shape if not given.
-    """
-    return _planner(x, weight, bias, act_pre_scale, activation, config)
+def unsupported(problem: Problem) -> str | None:
+    """Why these kernels cannot run ``problem``; ``None`` where they can."""
+    if reason := unsupported_weight(problem):
+        return reason
+    major, minor = problem.capability
+    if major < 8:
+        return f"compute capability must be 8.0 or later, got {major}.{minor}"
+    if problem.M > MAX_M:
+        return f"M (rows of x) must be at most {MAX_M}, got {problem.M}"
+    if problem.dtype not in TYPE_CODES:
+        return f"x must be bfloat16, float16 or float32, got {problem.dtype}"
+    return None
 
 
 def _scale_copy_bytes(
@@ -318,7 +292,12 @@ def _defines(plan: Plan, parts: Parts, bits: int) -> dict[str, int]:
 class _Plan(Plan):
     """One kernel, or one that quantises x in front of it."""
 
-    def __init__(self, parts: Parts, activation: torch.dtype, config: Config | MatvecConfig | None):
+    def __init__(
+        self,
+        parts: Parts,
+        activation: torch.dtype = torch.bfloat16,
+        config: Config | MatvecConfig | None = None,
+    ):
         super().__init__(parts)
         if activation not in _ACTIVATION_BITS:
             raise ValueError(
@@ -375,4 +354,7 @@ class _Plan(Plan):
         self.launch(module, "int4_decode", grid, 32 * config.warps, ring.shared_bytes(config))
 
 
-_planner = Planner("the CUDA decode kernels", unsupported, _Plan)
+linear = Planner("the CUDA decode kernels", unsupported, _Plan)
+"""For at most 16 rows. ``activation``: ``torch.bfloat16`` (W4A16) or ``torch.int8`` (W4A8);
+``config``: how the work is cut, by shape if not given. ``act_pre_scale`` multiplies x in float32.
+"""

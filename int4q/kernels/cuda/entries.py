@@ -24,17 +24,8 @@ def _not_compiled() -> str | None:
     return module("int4q.kernels.launch.nvrtc").unavailable()
 
 
-def _lacking(name: str, problem: Problem) -> str | None:
-    """What the kernels of a module lack for ``problem``."""
-    if problem.device != "cuda":
-        return f"runs on cuda, not {problem.device}"
-    shape = problem.M, problem.N, problem.K, problem.group_size
-    facts = problem.dtype, problem.scale_dtype, problem.capability
-    return module(name).unsupported(*shape, *facts)
-
-
 def _decode_unsupported(problem: Problem) -> str | None:
-    if reason := _lacking(_DECODE, problem):
+    if reason := module(_DECODE).unsupported(problem):
         return reason
     if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
         # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
@@ -45,7 +36,7 @@ def _decode_unsupported(problem: Problem) -> str | None:
 
 
 def _small_batch_unsupported(problem: Problem) -> str | None:
-    if reason := _lacking(_SMALL_BATCH, problem):
+    if reason := module(_SMALL_BATCH).unsupported(problem):
         return reason
     M, N, K = problem.M, problem.N, problem.K
     small = N * K <= SMALL_WEIGHT

@@ -10,6 +10,7 @@ read once a block, mostly from L2.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,22 +50,18 @@ def choose_config(rows: int, K: int) -> Config:
 
 def unsupported(problem: Problem) -> str | None:
     """Why these kernels cannot (or should not) run ``problem``; ``None`` where they can."""
-    if problem.device != "cuda":
-        return f"runs on cuda, not {problem.device}"
-    shape = problem.N, problem.K, problem.group_size
-    facts = problem.dtype, problem.scale_dtype, problem.capability
-    if reason := unsupported_weight(problem.M, *shape, *facts):
+    if reason := _unsupported_stack(problem):
         return reason
     if problem.M > MAX_MEAN_ROWS[problem.group_size] * problem.experts:
         return f"{problem.M} rows on {problem.experts} weights: the matrix kernels are faster"
     return None
 
 
-def unsupported_weight(M, N, K, group_size, x_dtype, scale_dtype, capability) -> str | None:
-    """Why no stack of such weights can be run, whatever the rows; ``None`` where it can."""
-    if reason := decode.unsupported(1, N, K, group_size, x_dtype, scale_dtype, capability):
+def _unsupported_stack(problem: Problem) -> str | None:
+    """Why no such stack can be run, however few its rows; ``None`` where it can."""
+    if reason := decode.unsupported(replace(problem, M=1)):
         return reason
-    return f"N={N} must be a multiple of {ROW_UNIT}" if N % ROW_UNIT else None
+    return f"N={problem.N} must be a multiple of {ROW_UNIT}" if problem.N % ROW_UNIT else None
 
 
 class _Plan(Plan):
@@ -96,7 +93,7 @@ class _Plan(Plan):
         self.launch(module, "int4_decode", grid, 32 * config.warps, ring.shared_bytes(config))
 
 
-_planner = Planner("the CUDA kernels over experts", unsupported_weight, _Plan, ndim=3)
+_planner = Planner("the CUDA kernels over experts", _unsupported_stack, _Plan, ndim=3)
 
 
 def _grouped(
@@ -112,7 +109,8 @@ def _grouped(
         return x.new_zeros((x.shape[0], weight.N))
     if act_pre_scale is not None and act_pre_scale.dtype not in TYPE_CODES:
         act_pre_scale = act_pre_scale.float()
-    return _planner(x, weight, None, act_pre_scale, offs is None, config, rows, offs=offs)
+    choices = {"even": offs is None, "config": config, "rows": rows}
+    return _planner(x, weight, None, act_pre_scale, offs=offs, **choices)
 
 
 def int4_grouped_mm(

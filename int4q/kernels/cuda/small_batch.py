@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import (
@@ -30,9 +29,9 @@ from int4q.kernels.launch.planner import (
     Parts,
     Plan,
     Planner,
-    unsupported_shape,
+    unsupported_weight,
 )
-from int4q.kernels.weight import Weight
+from int4q.kernels.registry import Problem
 
 MAX_M = 64
 STEP_K = 128
@@ -114,43 +113,18 @@ def choose_config(N: int, sm_count: int) -> Config:
     return Config(2, 2, 1, 5, 5)
 
 
-def unsupported(
-    M: int,
-    N: int,
-    K: int,
-    group_size: int,
-    x_dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    capability: tuple[int, int],
-) -> str | None:
-    """Why this kernel cannot do this problem; None if it can. Looks at its arguments only."""
-    if tuple(capability) != (9, 0):
-        return f"needs compute capability 9.0 (wgmma), got {capability[0]}.{capability[1]}"
-    if not 0 <= M <= MAX_M:
-        return f"M (rows of x) must be at most {MAX_M}, got {M}"
-    if x_dtype not in _HALVES:
-        return f"x must be bfloat16 or float16, got {x_dtype}"
-    if scale_dtype not in TYPE_CODES:
-        return f"scale must be bfloat16, float16 or float32, got {scale_dtype}"
-    return unsupported_shape(N, K, group_size)
-
-
-def linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """``(x * act_pre_scale) @ W.T + bias``: ``[.., N]`` in x's dtype.
-
-    Args:
-        x: bfloat16 or float16 ``[.., K]``, at most 64 rows.
-        bias: ``[N]``.
-        act_pre_scale: ``[K]``, multiplies x.
-        config: how the work is cut; by shape if not given.
-    """
-    return _planner(x, weight, bias, act_pre_scale, config)
+def unsupported(problem: Problem) -> str | None:
+    """Why this kernel cannot run ``problem``; ``None`` where it can."""
+    if reason := unsupported_weight(problem):
+        return reason
+    major, minor = problem.capability
+    if (major, minor) != (9, 0):
+        return f"needs compute capability 9.0 (wgmma), got {major}.{minor}"
+    if problem.M > MAX_M:
+        return f"M (rows of x) must be at most {MAX_M}, got {problem.M}"
+    if problem.dtype not in _HALVES:
+        return f"x must be bfloat16 or float16, got {problem.dtype}"
+    return None
 
 
 @functools.cache
@@ -188,7 +162,7 @@ def defines(
 class _Plan(Plan):
     """One kernel that arranges x, and the product."""
 
-    def __init__(self, parts: Parts, config: Config | None):
+    def __init__(self, parts: Parts, config: Config | None = None):
         super().__init__(parts)
         x, weight = parts.x, parts.weight
         (M, N), scale = self.shape, weight.scale
@@ -218,4 +192,5 @@ class _Plan(Plan):
         self.launch(module, "int4_small_batch", grid, block, shared)
 
 
-_planner = Planner("the CUDA small-batch kernel", unsupported, _Plan)
+linear = Planner("the CUDA small-batch kernel", unsupported, _Plan)
+"""For at most 64 rows. ``config``: how the work is cut, by shape if not given."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from int4q.kernels.launch import nvrtc
+from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -43,8 +44,13 @@ class Parts(NamedTuple):
     pre_scale: Tensor | None
 
 
-def unsupported_shape(N: int, K: int, group_size: int) -> str | None:
-    """Why no kernel takes a weight of this shape; None if they do."""
+def unsupported_weight(problem: Problem) -> str | None:
+    """Why no kernel takes such a weight; ``None`` if they do."""
+    if problem.device != "cuda":
+        return f"runs on cuda, not {problem.device}"
+    N, K, group_size = problem.N, problem.K, problem.group_size
+    if problem.scale_dtype not in TYPE_CODES:
+        return f"scale must be bfloat16, float16 or float32, got {problem.scale_dtype}"
     if group_size not in GROUP_SIZES:
         return f"group_size must be one of {GROUP_SIZES}, got {group_size}"
     if K <= 0 or K % group_size:
@@ -131,16 +137,15 @@ class Planner:
 
     Args:
         title: of the kernels, for messages.
-        unsupported: ``(M, N, K, group_size, x dtype, scale dtype, capability)`` -> why not, or
-            None.
-        make: ``(parts, *choices)`` -> a :class:`Plan`.
+        unsupported: why a problem cannot be run, or ``None``.
+        make: ``(parts, **choices)`` -> a :class:`Plan`.
         ndim: dims of the weight: 2, or 3 for a stack.
     """
 
     def __init__(
         self,
         title: str,
-        unsupported: Callable[..., str | None],
+        unsupported: Callable[[Problem], str | None],
         make: Callable[..., Plan],
         ndim: int = 2,
     ):
@@ -152,15 +157,23 @@ class Planner:
         x: Tensor,
         weight: Weight,
         bias: Tensor | None = None,
-        pre_scale: Tensor | None = None,
-        *choices,
+        act_pre_scale: Tensor | None = None,
+        *,
         offs: Tensor | None = None,
+        **choices,
     ) -> Tensor:
-        """The result ``[.., N]``; ``choices`` (hashable) go to ``make``.
+        """``(x * act_pre_scale) @ W.T + bias``: ``[.., N]`` in x's dtype.
 
         Args:
-            x: ``[.., K]``.
+            x: ``[.., K]``, any strides.
+            weight: signed with zero points, or offset binary without.
+            bias: ``[N]``.
+            act_pre_scale: ``[K]``.
             offs: int32 ``[experts]``, contiguous: the end row of each.
+            choices: hashable, for ``make``.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit together, or that the kernel lacks.
         """
         qdata, scale, zero_point, group_size, signed = weight
         zeros = scale if zero_point is None else zero_point
@@ -170,7 +183,7 @@ class Planner:
             zeros.data_ptr(),
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            0 if pre_scale is None else pre_scale.data_ptr(),
+            0 if act_pre_scale is None else act_pre_scale.data_ptr(),
         )
         key = (
             x.shape,
@@ -186,21 +199,21 @@ class Planner:
             group_size,
             signed,
             None if bias is None else bias.dtype,
-            None if pre_scale is None else pre_scale.dtype,
+            None if act_pre_scale is None else act_pre_scale.dtype,
             pointers[0] & 15,
             (pointers[1] | pointers[2]) & 15,
             pointers[3] & 15,
-            choices,
+            *choices.values(),
         )
         plan = self._plans.get(key)
         if plan is None:
-            given = Parts(x, weight, bias, pre_scale)
+            given = Parts(x, weight, bias, act_pre_scale)
             self._check(given)
             parts = _fit(given)
             if any(a is not b for a, b in zip(_tensors(parts), _tensors(given), strict=True)):
-                out = self(*parts, *choices, offs=offs)
+                out = self(*parts, offs=offs, **choices)
                 return out.view(*x.shape[:-1], weight.N)
-            plan = self._plans[key] = self._make(parts, *choices)
+            plan = self._plans[key] = self._make(parts, **choices)
         return plan(pointers, 0 if offs is None else offs.data_ptr())
 
     def _check(self, parts: Parts) -> None:
@@ -226,8 +239,9 @@ class Planner:
         if not x.is_cuda:
             raise ValueError(f"x must be on a CUDA device, got {x.device}")
         capability = torch.cuda.get_device_capability(x.device)
-        M = x.numel() // max(K, 1)
-        if reason := self._unsupported(M, N, K, group_size, x.dtype, scale.dtype, capability):
+        shape = x.numel() // max(K, 1), N, K, group_size
+        problem = Problem("int4_linear", "cuda", x.dtype, scale.dtype, *shape, capability)
+        if reason := self._unsupported(problem):
             raise ValueError(f"{self._title} cannot do this: {reason}")
         groups = [*qdata.shape[:-2], K // group_size, N]
         shapes = {

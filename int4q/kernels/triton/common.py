@@ -15,6 +15,8 @@ put in the same order once a call (arrange.py), so fragments need no shuffles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -305,21 +307,21 @@ def has_launch_overlap(device: torch.device) -> bool:
 # --- calls ------------------------------------------------------------------------------------
 
 
-def run_linear(
-    build, x: Tensor, weight: Weight, bias: Tensor | None, act_pre_scale: Tensor | None, config
-) -> Tensor:
-    """A linear whose launches ``build`` makes (see :mod:`int4q.kernels.launch.replay`).
+def linear_of(build: Callable[..., None]) -> Callable[..., Tensor]:
+    """``(x * act_pre_scale) @ W.T + bias`` out of what launches it.
 
     Args:
         build: ``(call, x, qdata, scale, zero_point, bias, act_pre_scale, group_size, signed,
-            config)``.
-        x: ``[M, K]`` bfloat16, float16 or float32, any strides.
-        bias: ``[N]``.
-        act_pre_scale: ``[K]``.
-        config: the tile, ``None`` for the table's.
+            config)``, a builder of :mod:`int4q.kernels.launch.replay`.
 
     Returns:
-        ``[M, N]`` in the dtype of x.
+        ``linear(x, weight, bias=None, act_pre_scale=None, config=None) -> [M, N]`` in the dtype of
+        x, for x ``[M, K]`` bfloat16, float16 or float32 of any strides, bias ``[N]``,
+        act_pre_scale ``[K]``, and a tile (by default the table's).
     """
-    parts = x, weight.qdata, weight.scale, weight.zero_point, bias, act_pre_scale
-    return replay.run(build, parts, weight.group_size, weight.signed, config)
+
+    def linear(x: Tensor, weight: Weight, bias=None, act_pre_scale=None, config=None) -> Tensor:
+        parts = x, weight.qdata, weight.scale, weight.zero_point, bias, act_pre_scale
+        return replay.run(build, parts, weight.group_size, weight.signed, config)
+
+    return linear

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -34,9 +33,9 @@ from int4q.kernels.triton.common import (
     INTERPRET,
     as_words,
     group_of_step,
+    linear_of,
     load_groups,
     matched_groups,
-    run_linear,
     scaled,
     unpack_slot,
     unsupported_anywhere,
@@ -56,8 +55,6 @@ from int4q.kernels.triton.gluon_tile import (
     spread_layout,
     spread_operand,
 )
-from int4q.kernels.triton.tiles import StreamConfig
-from int4q.kernels.weight import Weight
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -346,15 +343,5 @@ def _build(
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
-    config: StreamConfig | None = None,
-) -> Tensor:
-    """``(x * act_pre_scale) @ W.T + bias``, weights rounded to the dtype of x (16 bits).
-
-    See ``common.run_linear``.
-    """
-    return run_linear(_build, x, weight, bias, act_pre_scale, config)
+linear = linear_of(_build)
+"""Weights are rounded to the dtype of x, which has 16 bits."""

@@ -22,9 +22,9 @@ from int4q.kernels.triton.common import (
     as_words,
     group_of_step,
     has_launch_overlap,
+    linear_of,
     load_groups,
     matched_groups,
-    run_linear,
     scaled,
     spread,
     store_transposed,
@@ -35,7 +35,6 @@ from int4q.kernels.triton.common import (
     with_bias,
 )
 from int4q.kernels.triton.tiles import MatmulConfig
-from int4q.kernels.weight import Weight
 
 
 def unsupported(problem) -> str | None:
@@ -197,15 +196,5 @@ def _build(
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
-    config: MatmulConfig | None = None,
-) -> Tensor:
-    """``(x * act_pre_scale) @ W.T + bias``, weights rounded to the dtype of x.
-
-    (For float32 x the products are three TF32 ones: 2^-22.) See ``common.run_linear``.
-    """
-    return run_linear(_build, x, weight, bias, act_pre_scale, config)
+linear = linear_of(_build)
+"""Weights are rounded to the dtype of x; float32 products are three TF32 ones (2^-22)."""

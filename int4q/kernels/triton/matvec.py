@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
     group_of_step,
+    linear_of,
     load_groups,
     matched_groups,
     rounded,
-    run_linear,
     spread,
     unpack_bytes,
     unsupported_anywhere,
     with_bias,
 )
-from int4q.kernels.triton.tiles import MatvecConfig
-from int4q.kernels.weight import Weight
 
 
 def unsupported(problem) -> str | None:
@@ -101,12 +98,5 @@ def _build(
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None = None,
-    act_pre_scale: Tensor | None = None,
-    config: MatvecConfig | None = None,
-) -> Tensor:
-    """``(x * act_pre_scale) [1, K] @ W.T + bias``, weights in float32; see ``run_linear``."""
-    return run_linear(_build, x, weight, bias, act_pre_scale, config)
+linear = linear_of(_build)
+"""Of one row; weights in float32."""
