@@ -6,6 +6,9 @@ from int4q.kernels.weight import Weight
 
 ENDS = (0x87, 0x78, 0x88, 0x77)
 """Bytes that hold both ends of a nibble's range, -8 and 7, in both places."""
+NORM_TOLERANCE = {torch.bfloat16: 2.2e-3, torch.float16: 3e-4, torch.float32: 3e-6}
+"""``||y - expected|| / ||expected||``: rounding of the output, uniform in half a unit (0.0017 for
+bfloat16), and float32 accumulation. It grows with no size of the problem."""
 
 
 def random_weight(N, K, group_size, dtype, *, experts=None, coalesced=False, generator=None):
@@ -53,3 +56,15 @@ def check(y, expected, dtype, tolerance):
     error = (y.double() - expected).abs()
     bound = tolerance[dtype] * (expected.abs() + expected.abs().mean())
     assert (error <= bound).all(), (error / bound).max()
+
+
+def check_norm(y, expected, tolerance=NORM_TOLERANCE):
+    """``y`` as a whole: ``||y - expected||`` within ``tolerance[y.dtype]`` of ``||expected||``."""
+    assert y.shape == expected.shape and y.isfinite().all()
+    error, size = (y.double() - expected).norm().item(), expected.norm().item()
+    assert error <= tolerance[y.dtype] * size, (error, size)
+
+
+def shifted(t, by=1):
+    """A contiguous copy that starts ``by`` elements into its memory."""
+    return torch.empty(t.numel() + by, dtype=t.dtype, device=t.device)[by:].view_as(t).copy_(t)

@@ -44,7 +44,7 @@ from int4q.kernels.triton.common import (
 from int4q.kernels.triton.experts_plan import locate
 from int4q.kernels.triton.gluon_tile import (
     can_stage,
-    copy_groups,
+    copy_scales,
     descriptor,
     finish_tile,
     fits_tma,
@@ -117,6 +117,7 @@ def _stream_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * BLOCK_J * 2 + BLOCK_M * BLOCK_J * 8
+    strides = (stride_se, stride_sg, stride_ze, stride_zg)
     steps = gl.cdiv(K, BLOCK_J * 4)
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -170,18 +171,10 @@ def _stream_kernel(
         place = [expert * pitch + tile_n * BLOCK_N, step * BLOCK_J]
         copy_box(words_desc, place, ready.index(i), words_smem.index(i), pred=live)
         if STAGED_SCALES:
-            group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
-            row0 = tile_n * BLOCK_N
-            copy_groups(
-                scale_smem.index(i), of_expert(scale_ptr, expert, stride_se), row0, group0,
-                live, n_groups, N, stride_sg, num_warps,
+            copy_scales(
+                i, scale_smem, zero_smem, scale_ptr, zero_ptr, strides, expert, tile_n, step,
+                live, n_groups, N, BLOCK_J * 4, GROUP_SIZE, HAS_ZERO, num_warps,
             )  # fmt: skip
-            if HAS_ZERO:
-                copy_groups(
-                    zero_smem.index(i), of_expert(zero_ptr, expert, stride_ze), row0, group0,
-                    live, n_groups, N, stride_zg, num_warps,
-                )  # fmt: skip
-            async_copy.commit_group()
         step, tile, expert, tile_n, col = next_step(
             step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
             plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,
@@ -265,17 +258,10 @@ def _stream_kernel(
             place = [0, col, step * BLOCK_J]
             copy_box(arranged_desc, place, ready.index(free), x_smem.index(free), pred=live)
             if STAGED_SCALES:
-                group0 = group_of_step(step, BLOCK_J * 4, GROUP_SIZE)
-                copy_groups(
-                    scale_smem.index(free), of_expert(scale_ptr, expert, stride_se), row_n, group0,
-                    live, n_groups, N, stride_sg, num_warps,
+                copy_scales(
+                    free, scale_smem, zero_smem, scale_ptr, zero_ptr, strides, expert, tile_n,
+                    step, live, n_groups, N, BLOCK_J * 4, GROUP_SIZE, HAS_ZERO, num_warps,
                 )  # fmt: skip
-                if HAS_ZERO:
-                    copy_groups(
-                        zero_smem.index(free), of_expert(zero_ptr, expert, stride_ze), row_n,
-                        group0, live, n_groups, N, stride_zg, num_warps,
-                    )  # fmt: skip
-                async_copy.commit_group()
             step, tile, expert, tile_n, col = next_step(
                 step, tile, expert, tile_n, col, steps, whole, rest_tile, rest_step, programs,
                 plan_ptr, M, tiles_m, tiles_n, BLOCK_M, GROUP_M, EXPERTS,

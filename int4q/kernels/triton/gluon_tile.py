@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from int4q.kernels.triton.common import store_transposed, with_bias
+from int4q.kernels.triton.common import group_of_step, store_transposed, with_bias
 from int4q.kernels.triton.experts_plan import locate
 
 # --- what the copy engines can read -----------------------------------------------------------
@@ -139,6 +139,31 @@ def copy_groups(
     async_copy.async_copy_global_to_shared(
         target, ptr + group[:, None] * stride_group + row[None, :], mask=inside
     )
+
+
+@gluon.jit
+def copy_scales(
+    stage, scale_smem, zero_smem, scale_ptr, zero_ptr, strides, expert, tile_n, step, live,
+    n_groups, N, BLOCK_K: gl.constexpr, GROUP_SIZE: gl.constexpr, HAS_ZERO: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """Start copying the scales and zero points of a step into ``stage`` of the ring.
+
+    ``strides``: from an expert to the next and from a group to the next, of both.
+    """
+    BLOCK_N: gl.constexpr = scale_smem.shape[2]
+    group0 = group_of_step(step, BLOCK_K, GROUP_SIZE)
+    row0 = tile_n * BLOCK_N
+    copy_groups(
+        scale_smem.index(stage), of_expert(scale_ptr, expert, strides[0]), row0, group0, live,
+        n_groups, N, strides[1], num_warps,
+    )  # fmt: skip
+    if HAS_ZERO:
+        copy_groups(
+            zero_smem.index(stage), of_expert(zero_ptr, expert, strides[2]), row0, group0, live,
+            n_groups, N, strides[3], num_warps,
+        )  # fmt: skip
+    async_copy.commit_group()
 
 
 @gluon.jit

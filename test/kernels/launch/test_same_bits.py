@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from weights import coalesced_scales, random_weight, shifted
 
 from int4q.kernels.weight import Weight
 
@@ -30,13 +31,11 @@ def fresh():
     triton_launch.clear()
 
 
-def parts(M, N, K, group_size=128, seed=0):
-    on = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(seed)}
-    groups = K // group_size
-    qdata = torch.randint(-128, 128, (N, K // 2), dtype=torch.int8, **on)
-    scale = (torch.rand(groups, N, **on) * 0.009 + 0.001).to(BF16)
-    zero = (torch.randn(groups, N, **on) * 0.01).to(BF16)
-    return torch.randn(M, K, **on).to(BF16), qdata, scale, zero, group_size
+def parts(M, N, K, seed=0):
+    """x and the weight."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    weight = random_weight(N, K, 128, BF16, generator=g)
+    return torch.randn(M, K, device=g.device, generator=g).to(BF16), weight
 
 
 def normally(monkeypatch, run, *args):
@@ -47,15 +46,15 @@ def normally(monkeypatch, run, *args):
         return run(*args)
 
 
-def dequantised(x, qdata, scale, zero, group_size):
-    return triton_dequant.dequantize(Weight(qdata, scale, zero, group_size), BF16)
+def dequantised(x, weight):
+    return triton_dequant.dequantize(weight, BF16)
 
 
 RUNS = [
-    pytest.param(gluon_matmul.int4_linear, 17, marks=needs_hopper, id="gluon-shared-tiles"),
-    pytest.param(gluon_matmul.int4_linear, 256, marks=needs_hopper, id="gluon-prefill"),
-    pytest.param(triton_matmul.int4_linear, 20, id="triton-split-k"),
-    pytest.param(triton_matvec.int4_linear, 1, id="matvec"),
+    pytest.param(gluon_matmul.linear, 17, marks=needs_hopper, id="gluon-shared-tiles"),
+    pytest.param(gluon_matmul.linear, 256, marks=needs_hopper, id="gluon-prefill"),
+    pytest.param(triton_matmul.linear, 20, id="triton-split-k"),
+    pytest.param(triton_matvec.linear, 1, id="matvec"),
     pytest.param(triton_dequant.linear, 32, id="dequantise-cublas"),
     pytest.param(dequantised, 1, id="dequantise"),
 ]
@@ -74,24 +73,18 @@ def test_same_bits_for_other_tensors_of_the_kind(monkeypatch, run, M):
 
 @pytest.mark.parametrize("run,M", RUNS)
 def test_alignment_strides_and_bias_make_a_kind(monkeypatch, run, M):
-    x, qdata, scale, zero, group_size = parts(M, 1024, 2048)
-    run(x, qdata, scale, zero, group_size)
-    shifted = torch.empty(x.numel() + 1, dtype=BF16, device="cuda")[1:].view_as(x).copy_(x)
-    strided = torch.cat([x, x], 1)[:, :2048]
-    moved = torch.empty(qdata.numel() + 2, dtype=torch.int8, device="cuda")[2:].view_as(qdata)
-    moved.copy_(qdata)
-    by_row = scale.t().contiguous().t(), zero.t().contiguous().t()
+    x, weight = parts(M, 1024, 2048)
+    run(x, weight)
     kinds = [
-        (shifted, qdata, scale, zero),
-        (strided, qdata, scale, zero),
-        (x, moved, scale, zero),
-        (x, qdata, *by_row),
-        (x, qdata, scale, scale),  # one tensor at two places
-        (x, qdata, scale, zero),
+        (shifted(x), weight),
+        (torch.cat([x, x], 1)[:, :2048], weight),
+        (x, weight._replace(qdata=shifted(weight.qdata, 2))),
+        (x, coalesced_scales(weight)),
+        (x, weight._replace(zero_point=weight.scale)),  # one tensor at two places
+        (x, weight),
     ]
     for inputs in kinds * 2:
-        expected = normally(monkeypatch, run, *inputs, group_size)
-        assert torch.equal(run(*inputs, group_size), expected)
+        assert torch.equal(run(*inputs), normally(monkeypatch, run, *inputs))
 
 
 @needs_hopper
@@ -101,22 +94,22 @@ def test_bias_and_activation_scale_are_found_anew(monkeypatch):
         torch.manual_seed(seed)
         bias, factor = torch.randn(512, device="cuda").to(BF16), torch.rand(1024, device="cuda")
         y = gluon_matmul.linear(*inputs, bias, factor.to(BF16))
-        z = normally(monkeypatch, gluon_matmul.int4_linear, *inputs, bias, factor.to(BF16))
+        z = normally(monkeypatch, gluon_matmul.linear, *inputs, bias, factor.to(BF16))
         assert torch.equal(y, z)
 
 
 @pytest.mark.parametrize("run,M", RUNS)
 def test_in_a_graph(run, M):
-    x, *weight = parts(M, 1024, 2048)
-    run(x, *weight)
-    run(x, *weight)
+    x, weight = parts(M, 1024, 2048)
+    run(x, weight)
+    run(x, weight)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = run(x, *weight)
+        y = run(x, weight)
     for seed in (1, 2):
         x.copy_(parts(M, 1024, 2048, seed=seed)[0])
         graph.replay()
-        assert torch.equal(y, run(x, *weight))
+        assert torch.equal(y, run(x, weight))
 
 
 @pytest.mark.parametrize("run,M", RUNS)
@@ -162,10 +155,11 @@ def test_a_thread_without_a_context():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("run,M", RUNS)
 def test_two_devices(run, M):
-    inputs = parts(M, 1024, 2048)
-    expected = run(*inputs)
+    x, weight = parts(M, 1024, 2048)
+    expected = run(x, weight)
+    there = (t.to("cuda:1") if isinstance(t, torch.Tensor) else t for t in weight)
     with torch.cuda.device(1):
-        y = run(*(t.to("cuda:1") if isinstance(t, torch.Tensor) else t for t in inputs))
+        y = run(x.to("cuda:1"), Weight(*there))
     assert torch.equal(y.to("cuda:0"), expected)
 
 

@@ -83,7 +83,8 @@ def jobs():
     job = linear(triton_w4a8.linear, 1, 1, 32, 32)  # Triton turns arguments of 1 into constants
     found.append(("W4A8 of one row of one block", job))
     x, scale = empty(16, 4096), empty(32, 4096)
-    symmetric = Weight(empty(4096, 2048, dtype=torch.int8), scale, None, 128, signed=False)
+    by_row = empty(4096, 32).mT  # as the symmetric ops have their scales
+    symmetric = Weight(empty(4096, 2048, dtype=torch.int8), by_row, None, 128, signed=False)
     tail = Weight(empty(4096, 80, dtype=torch.int8), scale[:5], scale[:5], 32)
     found += [
         ("gluon symmetric", lambda: gluon_matmul.linear(x, symmetric)),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import weights
+from weights import offset_binary, shifted, values
 
 from int4q.kernels.weight import Weight
 
@@ -18,9 +20,6 @@ from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
 from int4q.kernels.triton import matvec as triton_matvec  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# ||y - reference|| / ||reference||: rounding of the output, uniform in half a unit (0.0017 for
-# bf16), and float32 accumulation. It does not grow with M or N.
-TOLERANCE = {BF16: 2.2e-3, FP16: 3e-4, FP32: 3e-6}
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -68,45 +67,20 @@ ENGINES = [
 ]
 
 
-def parts(case, seed=0):
-    """x, qdata, scale, zero_point; both end values of a nibble in both places, a scale of its own
-    for every group (neighbours differ by up to 10 times)."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    on = {"device": "cuda", "generator": g}
-    groups = case.K // case.group_size
-    qdata = torch.randint(-128, 128, (case.N, case.K // 2), dtype=torch.int8, **on)
-    ends = torch.tensor([0x87, 0x78, 0x88, 0x77], dtype=torch.uint8, device="cuda")
-    qdata[:, :4] = ends.view(torch.int8)
-    qdata[-1, -4:] = ends.view(torch.int8)
-    dtype = case.scale_dtype or case.dtype
-    scale = (torch.rand(groups, case.N, **on) * 0.009 + 0.001).to(dtype)
-    zero = (torch.randn(groups, case.N, **on) * 0.01).to(dtype)
-    if case.coalesced:
-        scale, zero = scale.t().contiguous().t(), zero.t().contiguous().t()
-    return torch.randn(case.M, case.K, **on).to(case.dtype), qdata, scale, zero
-
-
-def weight(qdata, scale, zero, group_size):
-    """float32 ``[N, K]``, by broadcasting over the groups."""
-    low, high = (qdata << 4) >> 4, qdata >> 4
-    q = torch.stack([low, high], dim=-1).flatten(1).float().unflatten(1, (-1, group_size))
-    value = q * scale.float().t().unsqueeze(-1)
-    if zero is not None:
-        value = value + zero.float().t().unsqueeze(-1)
-    return value.flatten(1)
-
-
-def offset_binary(qdata):
-    return qdata ^ torch.tensor(-0x78, dtype=torch.int8, device="cuda")
+def parts(case):
+    """x and the weight."""
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = weights.random_weight(
+        case.N, case.K, case.group_size, case.scale_dtype or case.dtype, coalesced=case.coalesced,
+        generator=g,
+    )  # fmt: skip
+    return torch.randn(case.M, case.K, device=g.device, generator=g).to(case.dtype), weight
 
 
 def check(y, x, w, bias=None):
+    assert y.dtype == x.dtype
     expected = x.double() @ w.double().t()
-    if bias is not None:
-        expected += bias.double()
-    assert torch.isfinite(y).all()
-    error = ((y.double() - expected).norm() / expected.norm()).item()
-    assert error <= TOLERANCE[y.dtype], error
+    weights.check_norm(y, expected if bias is None else expected + bias.double())
 
 
 LINEAR = [
@@ -119,88 +93,87 @@ LINEAR = [
 
 @pytest.mark.parametrize("engine,case", LINEAR)
 def test_linear(engine, case):
-    x, qdata, scale, zero = parts(case)
-    bias = torch.randn(case.N, device="cuda").to(case.dtype)
-    y = engine.linear(x, Weight(qdata, scale, zero, case.group_size), bias)
-    w = weight(qdata, scale, zero, case.group_size)
-    if case.M > 1 or engine is gluon_matmul:  # the one-row kernel keeps float32 weights
-        w = w.to(case.dtype)
-    check(y, x, w, bias)
-    again = engine.linear(x, Weight(qdata, scale, zero, case.group_size), bias)
-    assert torch.equal(y, again)  # shared tiles are added in a fixed order
+    """Weights rounded to the dtype of x."""
+    x, weight = parts(case)
+    bias = torch.randn(case.N, device=x.device).to(case.dtype)
+    y = engine.linear(x, weight, bias)
+    check(y, x, values(weight).to(case.dtype), bias)
+    # Shared tiles are added in a fixed order.
+    assert torch.equal(y, engine.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype == BF16], ids=str)
-def test_matmul(engine, case):
-    x, qdata, scale, _ = parts(case)
-    packed, by_row = offset_binary(qdata), scale.t()
-    y = engine.int4_matmul(x, packed, by_row, case.group_size)
-    check(y, x, weight(qdata, scale, None, case.group_size).to(BF16))
+def test_symmetric(engine, case):
+    x, weight = parts(case)
+    weight = offset_binary(weight)
+    check(engine.linear(x, weight), x, values(weight).to(BF16))
 
 
 @pytest.mark.parametrize("case", [*CASES, FLOAT32], ids=str)
 def test_matvec(case):
-    x, qdata, scale, _ = parts(case)
-    y = triton_matvec.int4_matvec(x[:1], offset_binary(qdata), scale.t(), case.group_size)
-    expected = x[:1].double() @ weight(qdata, scale, None, case.group_size).double().t()
-    bound = 1e-3 * expected.abs().max() + expected.abs() * torch.finfo(case.dtype).eps / 2
-    assert ((y.double() - expected).abs() <= bound).all()
+    """Weights in float32; one row."""
+    x, weight = parts(case)
+    x, bias = x[:1], torch.randn(case.N, device=x.device).to(case.dtype)
+    for used in (weight, offset_binary(weight)):
+        w = values(used)
+        check(triton_matvec.linear(x, used, bias), x, w, bias)
+        expected = x.double() @ w.double().t()
+        error = (triton_matvec.linear(x, used).double() - expected).abs()
+        bound = 1e-3 * expected.abs().max() + expected.abs() * torch.finfo(case.dtype).eps / 2
+        assert (error <= bound).all()
 
 
 @pytest.mark.parametrize("case", [*CASES, FLOAT32], ids=str)
 def test_dequantize(case):
-    _, qdata, scale, zero = parts(case)
-    expected = weight(qdata, scale, zero, case.group_size)
-    for dtype in (BF16, FP16, FP32):
-        w = triton_dequant.dequantize(Weight(qdata, scale, zero, case.group_size), dtype)
-        assert torch.equal(w, expected.to(dtype))
-    w = triton_dequant.dequant_w4_to_bf16(offset_binary(qdata), scale.t(), case.group_size)
-    assert torch.equal(w, weight(qdata, scale, None, case.group_size).to(BF16))
+    _, weight = parts(case)
+    for used in (weight, offset_binary(weight)):
+        expected = values(used)
+        for dtype in (BF16, FP16, FP32):
+            w = triton_dequant.dequantize(used, dtype)
+            assert torch.equal(w, expected.to(dtype))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.M > 16], ids=str)
 def test_dequantize_then_cublas(case):
-    x, qdata, scale, zero = parts(case)
-    bias = torch.randn(case.N, device="cuda").to(case.dtype)
-    y = triton_dequant.linear(x, Weight(qdata, scale, zero, case.group_size), bias)
-    check(y, x, weight(qdata, scale, zero, case.group_size).to(case.dtype), bias)
+    x, weight = parts(case)
+    bias = torch.randn(case.N, device=x.device).to(case.dtype)
+    y = triton_dequant.linear(x, weight, bias)
+    check(y, x, values(weight).to(case.dtype), bias)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("M", [12, 64])
 def test_any_strides(engine, M):
     """x with strides, a weight cut out of a larger one by rows and by whole groups."""
-    x, qdata, scale, zero = parts(Case(M, 512, 1024, 128))
-    w = weight(qdata, scale, zero, 128).to(BF16)
+    x, weight = parts(Case(M, 512, 1024, 128))
+    w = values(weight).to(BF16)
     for view in (
         torch.stack([x, x], 1)[:, 0],
         x.t().contiguous().t(),
         torch.cat([x, x], 1)[:, :1024],
     ):
-        check(engine.linear(view, Weight(qdata, scale, zero, 128)), x, w)
+        check(engine.linear(view, weight), x, w)
     rows = slice(5, 405)
-    y = engine.linear(x, qdata[rows], scale[:, rows], zero[:, rows], 128)
-    check(y, x, w[rows])
-    y = engine.linear(x[:, 256:768], qdata[:, 128:384], scale[2:6], zero[2:6], 128)
-    check(y, x[:, 256:768], w[:, 256:768])
-    odd = torch.empty(512 * 512 + 1, dtype=torch.int8, device="cuda")[1:].view(512, 512)
-    odd.copy_(qdata)
-    check(engine.linear(x, odd, scale, zero, 128), x, w)
+    check(engine.linear(x, weight.rows(rows)), x, w[rows])
+    qdata, scale, zero, *_ = weight
+    inner = Weight(qdata[:, 128:384], scale[2:6], zero[2:6], 128)
+    check(engine.linear(x[:, 256:768], inner), x[:, 256:768], w[:, 256:768])
+    check(engine.linear(x, weight._replace(qdata=shifted(qdata))), x, w)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_activation_scale(engine):
-    x, qdata, scale, zero = parts(Case(24, 512, 1024, 128))
-    factor = (torch.rand(1024, device="cuda") + 0.5).to(BF16)
-    y = engine.linear(x, Weight(qdata, scale, zero, 128), None, factor)
-    check(y, x * factor, weight(qdata, scale, zero, 128).to(BF16))
+    x, weight = parts(Case(24, 512, 1024, 128))
+    factor = (torch.rand(1024, device=x.device) + 0.5).to(BF16)
+    y = engine.linear(x, weight, None, factor)
+    check(y, x * factor, values(weight).to(BF16))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_rows(engine):
-    x, qdata, scale, zero = parts(Case(1, 64, 128, 128))
-    assert engine.linear(x[:0], Weight(qdata, scale, zero, 128)).shape == (0, 64)
+    x, weight = parts(Case(1, 64, 128, 128))
+    assert engine.linear(x[:0], weight).shape == (0, 64)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -208,9 +181,9 @@ def test_outputs_past_2_31(engine):
     """M * N over 2^31: the last rows and columns are where a 32-bit offset would wrap."""
     case = Case(36000, 60032, 128, 128)
     assert case.M * case.N > 2**31
-    x, qdata, scale, zero = parts(case)
-    w = weight(qdata, scale, zero, 128).to(BF16)
-    y = engine.linear(x, Weight(qdata, scale, zero, 128))
+    x, weight = parts(case)
+    w = values(weight).to(BF16)
+    y = engine.linear(x, weight)
     check(y[-300:, -600:], x[-300:], w[-600:])
     check(y[:300, :600], x[:300], w[:600])
     check(y[35000:35100], x[35000:35100], w)
@@ -221,13 +194,10 @@ def test_weights_past_2_31(engine):
     """N * K over 2^31 (and the packed bytes over 2^30)."""
     case = Case(20, 140032, 16384, 128)
     assert case.N * case.K > 2**31
-    x, qdata, scale, zero = parts(case)
-    y = engine.linear(x, Weight(qdata, scale, zero, 128))
+    x, weight = parts(case)
     last = slice(case.N - 500, case.N)
-    check(y[:, last], x, weight(qdata[last], scale[:, last], zero[:, last], 128).to(BF16))
+    w = values(weight.rows(last))
+    check(engine.linear(x, weight)[:, last], x, w.to(BF16))
     if engine is triton_matmul:
-        w = triton_dequant.dequantize(Weight(qdata, scale, zero, 128), BF16)
-        expected = weight(qdata[last], scale[:, last], zero[:, last], 128).to(BF16)
-        assert torch.equal(w[last], expected)
-        y = triton_matvec.linear(x[:1], Weight(qdata, scale, zero, 128))
-        check(y[:, last], x[:1], weight(qdata[last], scale[:, last], zero[:, last], 128))
+        assert torch.equal(triton_dequant.dequantize(weight, BF16)[last], w.to(BF16))
+        check(triton_matvec.linear(x[:1], weight)[:, last], x[:1], w)

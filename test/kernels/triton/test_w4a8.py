@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import weights
 from torch import nn
+from weights import shifted, values
 
 from int4q.kernels.weight import Weight
 
@@ -23,8 +25,6 @@ from int4q.kernels.triton import tuned  # noqa: E402
 from int4q.kernels.triton import w4a8 as triton_w4a8  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# ||y - exact|| / ||exact||: rounding of the output and float32 accumulation. Not of K, M or N.
-TOLERANCE = {BF16: 2.2e-3, FP16: 3e-4, FP32: 3e-6}
 
 
 @dataclass(frozen=True)
@@ -56,90 +56,81 @@ CASES = [
 ]  # fmt: skip
 
 
-def parts(case: Case):
-    """x, qdata, scale, zero_point; both end values of a nibble in both places."""
-    groups = case.K // case.group_size
-    qdata = torch.randint(-128, 128, (case.N, case.K // 2), dtype=torch.int8, device="cuda")
-    ends = torch.tensor([0x87, 0x78, 0x88, 0x77], dtype=torch.uint8, device="cuda")
-    qdata[:, :4] = ends.view(torch.int8)
-    scale = (torch.rand(groups, case.N, device="cuda") * 0.009 + 0.001).to(case.scale_dtype)
-    zero = (torch.randn(groups, case.N, device="cuda") * 0.01).to(case.scale_dtype)
-    if case.coalesced:
-        scale, zero = scale.mT.contiguous().mT, zero.mT.contiguous().mT
-    x = torch.randn(case.M, case.K, device="cuda").to(case.dtype)
-    return x, qdata, scale, zero
+def parts(case):
+    """x and the weight."""
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = weights.random_weight(
+        case.N, case.K, case.group_size, case.scale_dtype, coalesced=case.coalesced, generator=g
+    )
+    return torch.randn(case.M, case.K, device=g.device, generator=g).to(case.dtype), weight
 
 
-def check(y, x, qdata, scale, zero, group_size, bias=None):
+def check(y, x, weight, bias=None):
     """Against float64 arithmetic on the reference's own int8 activations."""
     xq, d = reference.quantize_activation(x)
     x = (xq.double() * d.double().unsqueeze(-1)).flatten(1)
-    exact = x @ reference.dequantize(Weight(qdata, scale, zero, group_size), torch.float64).mT
-    exact = exact if bias is None else exact + bias.double()
-    assert not y.isnan().any()
-    error = float((y.double() - exact).norm() / exact.norm())
-    assert error <= TOLERANCE[y.dtype], error
+    exact = x @ values(weight).double().t()
+    weights.check_norm(y, exact if bias is None else exact + bias.double())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_is_the_reference(case):
-    x, qdata, scale, zero = parts(case)
-    bias = torch.randn(case.N, device="cuda").to(case.dtype) if case.extras else None
-    pre = (torch.rand(case.K, device="cuda") + 0.5).to(case.dtype) if case.extras else None
-    sums = torch.full((case.M, case.N, case.K // 32), -1, dtype=torch.int32, device="cuda")
-    args = x, qdata, scale, zero, case.group_size, bias, pre
+    x, weight = parts(case)
+    on = {"device": x.device}
+    bias = torch.randn(case.N, **on).to(case.dtype) if case.extras else None
+    pre = (torch.rand(case.K, **on) + 0.5).to(case.dtype) if case.extras else None
+    sums = torch.full((case.M, case.N, case.K // 32), -1, dtype=torch.int32, **on)
+    args = x, weight, bias, pre
     y = triton_w4a8.linear(*args, sums=sums)
     seen = x if pre is None else x.float() * pre.float()
     xq, _ = reference.quantize_activation(seen)
-    assert torch.equal(sums.mT, reference.int8_dots(xq, qdata))
-    check(y, seen, qdata, scale, zero, case.group_size, bias)
+    assert y.dtype == case.dtype
+    assert torch.equal(sums.mT, reference.int8_dots(xq, weight.qdata))
+    check(y, seen, weight, bias)
     again = triton_w4a8.linear(*args)  # as users call it: without the sums
-    check(again, seen, qdata, scale, zero, case.group_size, bias)
+    check(again, seen, weight, bias)
     assert torch.equal(again, triton_w4a8.linear(*args))
 
 
 @pytest.mark.parametrize("config", list(itertools.product((1, 2, 8), (1, 2, 8))), ids=str)
 def test_every_way_to_cut_the_work(config):
-    case = Case(2, 131, 1312, 32)
-    args = *parts(case), case.group_size
-    check(triton_w4a8.linear(*args, config=tuned.W4A8Config(*config)), *args)
+    x, weight = parts(Case(2, 131, 1312, 32))
+    check(triton_w4a8.linear(x, weight, config=tuned.W4A8Config(*config)), x, weight)
 
 
 def test_special_rows():
-    x, qdata, scale, zero = parts(Case(6, 65, 512, 64, FP32, FP32))
+    x, weight = parts(Case(6, 65, 512, 64, FP32, FP32))
     x[0], x[1, 40], x[2, 3] = 0, float("nan"), float("inf")
-    x[3], x[4, :32] = 2e-44 * torch.randn(512, device="cuda"), 1e-43
-    x[5, :32] = torch.arange(32, device="cuda") * 1e33
-    x[5, 32:64] = torch.arange(32, device="cuda") - 15.5  # halves, to even
+    x[3], x[4, :32] = 2e-44 * torch.randn(512, device=x.device), 1e-43
+    x[5, :32] = torch.arange(32, device=x.device) * 1e33
+    x[5, 32:64] = torch.arange(32, device=x.device) - 15.5  # halves, to even
     x[5, 32] = 127
+    expected = reference.linear_int8(x, weight)
     for y in (
-        triton_w4a8.linear(x, Weight(qdata, scale, zero, 64)),
-        cuda_decode.linear(x, Weight(qdata, scale, zero, 64), activation=torch.int8),
+        triton_w4a8.linear(x, weight),
+        cuda_decode.linear(x, weight, activation=torch.int8),
     ):
-        expected = reference.linear_int8(x, Weight(qdata, scale, zero, 64))
         assert (y[0] == 0).all() and y[1:3].isnan().all() and not y[3:].isnan().any()
         torch.testing.assert_close(y[3:], expected[3:], rtol=1e-4, atol=1e-42)
 
 
 def test_slices():
     """Rows and whole groups cut from a weight; x by columns of another, and transposed."""
-    x, qdata, scale, zero = parts(Case(4, 520, 1536, 64))
+    x, weight = parts(Case(4, 520, 1536, 64))
+    qdata, scale, zero, *_ = weight
     rows, k = slice(3, 201), slice(64, 832)
-    args = qdata[rows, 32:416], scale[1:13, rows], zero[1:13, rows], 64
+    cut = Weight(qdata[rows, 32:416], scale[1:13, rows], zero[1:13, rows], 64)
     for view in (x[:, k], x[:, k].t().contiguous().t()):
-        check(triton_w4a8.linear(view, *args), view, *args)
-    odd = torch.empty(520 * 768 + 1, dtype=torch.int8, device="cuda")[1:].view(520, 768)
-    odd.copy_(qdata)
-    check(triton_w4a8.linear(x, odd, scale, zero, 64), x, qdata, scale, zero, 64)
+        check(triton_w4a8.linear(view, cut), view, cut)
+    check(triton_w4a8.linear(x, weight._replace(qdata=shifted(qdata))), x, weight)
 
 
 def test_past_2_31():
     """N * K past 2^32, so that byte offsets leave 32 bits: the last rows are right."""
     case = Case(2, 299593, 14336, 256)
-    x, qdata, scale, zero = parts(case)
+    x, weight = parts(case)
     last = slice(case.N - 40, case.N)
-    y = triton_w4a8.linear(x, Weight(qdata, scale, zero, 256))
-    check(y[:, last], x, qdata[last], scale[:, last], zero[:, last], 256)
+    check(triton_w4a8.linear(x, weight)[:, last], x, weight.rows(last))
 
 
 # --- every kernel of the op ---------------------------------------------------------------------
@@ -147,21 +138,26 @@ def test_past_2_31():
 KERNELS = ["auto", "triton", "torch"]
 
 
+def plain_mm(x, weight):
+    """The op, whose scales are ``[N, n_groups]``."""
+    scale, zero_point = weight.scale.mT, weight.zero_point.mT
+    return torch.ops.int4q.int4_plain_mm(x, weight.qdata, scale, zero_point, weight.group_size)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("M", [1, 3, 8, 40])
 def test_two_streams_at_once(kernel, M):
     """The bits of one after the other: no scratch is shared."""
-    x, qdata, scale, zero = parts(Case(2 * M, 1024, 1024, 32))
-    args = qdata, scale.mT, zero.mT, 32
+    x, weight = parts(Case(2 * M, 1024, 1024, 32))
     xs = x.split(M)
     with kernel_preference(kernel):
-        wanted = [torch.ops.int4q.int4_plain_mm(x, *args) for x in xs]
+        wanted = [plain_mm(x, weight) for x in xs]
         torch.cuda.synchronize()
         streams, found = [torch.cuda.Stream() for _ in xs], [[], []]
         for _ in range(20):
             for stream, x, ys in zip(streams, xs, found, strict=True):
                 with torch.cuda.stream(stream):
-                    ys.append(torch.ops.int4q.int4_plain_mm(x, *args))
+                    ys.append(plain_mm(x, weight))
         torch.cuda.synchronize()
     for ys, want in zip(found, wanted, strict=True):
         assert all(torch.equal(y, want) for y in ys)
@@ -170,16 +166,16 @@ def test_two_streams_at_once(kernel, M):
 @pytest.mark.parametrize("kernel", KERNELS[:2])
 @pytest.mark.parametrize("M", [1, 5])
 def test_graph_capture(kernel, M):
-    x, qdata, scale, zero = parts(Case(M, 512, 512, 64))
+    x, weight = parts(Case(M, 512, 512, 64))
     graph = torch.cuda.CUDAGraph()
     with kernel_preference(kernel):
-        torch.ops.int4q.int4_plain_mm(x, qdata, scale.mT, zero.mT, 64)
+        plain_mm(x, weight)
         with torch.cuda.graph(graph):
-            y = torch.ops.int4q.int4_plain_mm(x, qdata, scale.mT, zero.mT, 64)
+            y = plain_mm(x, weight)
     for _ in range(2):
         x.normal_()
         graph.replay()
-        check(y, x, qdata, scale, zero, 64)
+        check(y, x, weight)
 
 
 def model(layout, activation_dtype):
