@@ -17,7 +17,7 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry
-from int4q.kernels.cpu import entries as cpu
+from int4q.kernels import cpu
 from int4q.ops import SCALE_DTYPES
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tensor.base import Int4TensorBase

@@ -44,13 +44,17 @@ def scaled_back(y: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype
 def on_fp8_rows(kernel: Kernel) -> Kernel:
     """An ``int4_linear`` kernel as one that quantises its activation to float8 first."""
 
-    def unsupported(problem: Problem) -> str | None:
-        dtype = fp8_values_dtype(problem.dtype)
-        return kernel.unsupported(replace(problem, op="int4_linear", dtype=dtype))
+    def plain(problem: Problem) -> Problem:
+        return replace(problem, op="int4_linear", dtype=fp8_values_dtype(problem.dtype))
 
     def run(x, weight, bias=None, act_pre_scale=None) -> Tensor:
         values, rows = quantize_rows(x, act_pre_scale, kernel.backend)
-        y = kernel.run(values, weight, None, None)
-        return scaled_back(y, rows, bias, x.dtype)
+        return scaled_back(kernel.run(values, weight, None, None), rows, bias, x.dtype)
 
-    return Kernel(f"fp8_rows+{kernel.name}", kernel.backend, unsupported, run)
+    return replace(
+        kernel,
+        name=f"fp8_rows+{kernel.name}",
+        unsupported=lambda problem: kernel.unsupported(plain(problem)),
+        run=run,
+        slow=lambda problem: kernel.slow(plain(problem)),
+    )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from int4q import errors, geometry
+from int4q.kernels import cpu
 from int4q.kernels.cpu import aten_packed
-from int4q.kernels.cpu import entries as cpu
 from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES, linear_parts
 from int4q.tensor.base import Int4TensorBase

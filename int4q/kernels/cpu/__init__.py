@@ -3,17 +3,27 @@
 from int4q.kernels.cpu.entries import (
     BLOCKED,
     BLOCKED_GRADIENT,
+    BLOCKED_ROUNDED,
     NATIVE,
     NATIVE_DEQUANTIZE,
+    NATIVE_INT8,
+    NATIVE_ROUNDED,
     PACKED,
+    PACKINGS,
     UNPACKING,
+    preferred_packing,
 )
 
 __all__ = [
     "BLOCKED",
     "BLOCKED_GRADIENT",
+    "BLOCKED_ROUNDED",
     "NATIVE",
     "NATIVE_DEQUANTIZE",
+    "NATIVE_INT8",
+    "NATIVE_ROUNDED",
     "PACKED",
+    "PACKINGS",
     "UNPACKING",
+    "preferred_packing",
 ]

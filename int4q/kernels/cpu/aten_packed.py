@@ -18,10 +18,17 @@ import torch
 from torch import Tensor
 
 from int4q import errors
+from int4q.kernels import reference
+from int4q.kernels.cpu import blocked
+from int4q.kernels.registry import Problem
+from int4q.kernels.weight import Weight
 from int4q.packing import unpack_nibbles
 
 N_MULTIPLE = 16
 """torch's kernel takes N only in multiples of this."""
+MAX_M = 64
+"""Rows up to which torch's kernel beats dequantising blocks: its time grows with M (it re-reads the
+weight's registers every four rows), the blocks' hardly does."""
 _BLOCKS = (64, 32, 16)
 _CHUNK_ROWS = 512
 
@@ -111,3 +118,47 @@ def _row_digits(rows: int) -> list[Tensor]:
 def _convert(u: Tensor) -> Tensor:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(u.contiguous(), 1)
     return packed.view(u.shape[0], u.shape[1] // 2)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why torch's kernel cannot (or should not) run ``problem``, or ``None``."""
+    if problem.device != "cpu":
+        return f"runs on cpu, not {problem.device}"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes float32, float16 and bfloat16 activations, not {problem.dtype}"
+    if problem.N % N_MULTIPLE:
+        return f"N must be a multiple of {N_MULTIPLE}, not {problem.N}"
+    if problem.M > MAX_M:
+        return f"slower than blocks above M = {MAX_M}"
+    return None
+
+
+def linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
+    """``x [M, K]`` times a packed weight by torch's kernel.
+
+    Args:
+        packed: uint8 ``[N, K/2]``.
+        scale_and_zero: ``[n_groups, N, 2]``; the product runs in the wider of its dtype and
+            ``x``'s, so neither is rounded.
+
+    Returns:
+        ``[M, N]`` in ``x.dtype``.
+    """
+    dtype = reference.compute_dtype(x, scale_and_zero)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x.to(dtype).contiguous(), packed, group_size, scale_and_zero.to(dtype)
+    )
+    return y.to(x.dtype)
+
+
+def unpacking_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
+    """:func:`linear` for many rows: unpack and dequantise block by block, then multiply."""
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    block = block_rows()
+    step = max(block, blocked.BLOCK_ELEMENTS // max(2 * packed.shape[1], 1) // block * block)
+    for start in range(0, packed.shape[0], step):
+        rows = slice(start, start + step)
+        scale, zero_point = scale_and_zero[:, rows].unbind(-1)
+        weight = Weight(unpack(packed[rows]), scale, zero_point, group_size)
+        y[:, rows] = blocked.linear(x, weight)
+    return y

@@ -1,28 +1,46 @@
 """The compiled CPU kernels of ``int4_cpu.c``, loaded through ctypes.
 
-They take the plain layout as it is stored: ``qdata`` int8 ``[N, K/2]`` (signed or offset-binary
-nibbles, even k low), ``scale`` and ``zero_point`` indexed ``[n_groups, N]`` with any strides, so
-no packed copy of a weight is made. The library is optional: :func:`load` and :func:`unsupported`
+They take the plain layout as it is stored, scales with any strides, so no packed copy of a weight
+is made. The library is optional: :func:`load` and :func:`unsupported`
 say why it cannot be used, and nothing is loaded before the first of them is called.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DECODE_MAX_M = 8
-"""Rows of ``x`` that the decode kernel takes; above, weights go through bf16 tiles (AMX)."""
+from int4q.kernels.registry import Problem
+from int4q.kernels.weight import Weight
+
+DECODE_MAX_M = {torch.bfloat16: 16, torch.float16: 256, torch.float32: 128}
+"""Rows of ``x`` up to which the decode kernel beats dequantising blocks for torch's own product."""
 TILES_MIN_M = 5
-"""Rows of a bfloat16 ``x`` from which the tiles are faster, where the CPU has them."""
+"""Rows of a bfloat16 ``x`` from which bf16 tiles are faster, where the CPU has them (AMX)."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_VNNI, _AMX = 1, 2
+_VNNI, _AMX, _BF16 = 1, 2, 4
 _ERRORS = {1: "this CPU lacks the instructions", 2: "out of memory"}
+_OUT_OF_RANGE = 3
+_RANGE = 2.0**121
+"""Fixed point holds smaller activations."""
+
+
+class Product(enum.IntEnum):
+    """What a weight and an activation are in the products of :func:`linear`; sums are float32."""
+
+    EXACT = 0
+    """Weights as they are; ``x`` in 16-bit (float32: 24-bit) fixed point by blocks of eight."""
+    BF16 = 1
+    """Weights rounded once to bfloat16, ``x`` bfloat16; no zero points."""
+    INT8 = 2
+    """Weights as they are, ``x`` int8 as :func:`int4q.kernels.reference.linear_int8` has it."""
 
 
 class _Args(ctypes.Structure):
@@ -35,7 +53,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero_stride_g", "zero_stride_n")),
         *((name, ctypes.c_int64) for name in ("M", "N", "K", "group")),
         *((name, ctypes.c_int64) for name in ("x_kind", "scale_kind", "out_kind", "threads")),
-        ("offset_binary", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("offset_binary", "product", "features")),
     ]
 
 
@@ -65,133 +83,148 @@ def _features() -> int:
     return 0 if lib is None else lib.int4q_cpu_features()
 
 
-def unsupported(
-    M: int, N: int, K: int, group_size: int, x_dtype: torch.dtype, scale_dtype: torch.dtype
-) -> str | None:
-    """Why :func:`linear` cannot run this problem, or ``None``."""
-    if reason := _weight_unsupported(N, K, group_size, scale_dtype):
+def unsupported(problem: Problem, product: Product = Product.EXACT) -> str | None:
+    """Why :func:`linear` cannot (or should not) run ``problem``, or ``None``."""
+    if reason := unsupported_weight(problem):
         return reason
+    M, x_dtype = problem.M, problem.dtype
     if x_dtype not in _KINDS:
         return f"takes bfloat16, float16 and float32 activations, not {x_dtype}"
-    if M > DECODE_MAX_M and x_dtype != torch.bfloat16:
-        return f"rounds weights to bfloat16 above M = {DECODE_MAX_M}: not for {x_dtype}"
-    if M > DECODE_MAX_M and not _features() & _AMX:
-        return f"needs a CPU with AMX (amx-bf16) above M = {DECODE_MAX_M}"
-    return None
+    if product == Product.BF16 and x_dtype != torch.bfloat16:
+        return f"rounds weights to bfloat16 for bfloat16 activations, not {x_dtype}"
+    if M <= DECODE_MAX_M[x_dtype] or _uses_tiles(M, x_dtype, product):
+        return None
+    slower = f"slower than blocks above M = {DECODE_MAX_M[x_dtype]}"
+    return f"{slower} on a CPU without AMX" if x_dtype == torch.bfloat16 else slower
 
 
-@functools.cache
-def _weight_unsupported(N: int, K: int, group_size: int, scale_dtype: torch.dtype) -> str | None:
+def unsupported_weight(problem: Problem) -> str | None:
+    """Why neither :func:`linear` nor :func:`dequantize` can take the weight, or ``None``."""
+    if problem.device != "cpu":
+        return f"runs on cpu, not {problem.device}"
     lib, reason = load()
     if lib is None:
         return reason
     if not _features() & _VNNI:
         return "needs an x86-64 CPU with AVX-512 (F, BW, VL, VNNI)"
+    N, K, group_size = problem.N, problem.K, problem.group_size
     if group_size not in _GROUP_SIZES:
         return f"group_size must be 32, 64, 128 or 256, not {group_size}"
     if K == 0 or N == 0 or K % group_size:
         return f"K must be a positive multiple of group_size {group_size}, not {K} (N = {N})"
-    if scale_dtype not in _KINDS:
-        return f"takes bfloat16, float16 and float32 scales, not {scale_dtype}"
+    if problem.scale_dtype not in _KINDS:
+        return f"takes bfloat16, float16 and float32 scales, not {problem.scale_dtype}"
     return None
+
+
+def unsupported_dequantize(problem: Problem) -> str | None:
+    """Why :func:`dequantize` cannot give ``problem.dtype`` of the weight, or ``None``."""
+    if problem.dtype not in _KINDS:
+        return f"writes float32, float16 and bfloat16, not {problem.dtype}"
+    return unsupported_weight(problem)
+
+
+def _problem(M: int, weight: Weight, dtype: torch.dtype) -> Problem:
+    shape = M, weight.N, weight.K, weight.group_size
+    return Problem("int4_linear", "cpu", dtype, weight.scale.dtype, *shape)
 
 
 def linear(
     x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
+    weight: Weight,
     bias: Tensor | None = None,
-    offset_binary: bool = False,
+    product: Product = Product.EXACT,
+    out_of_range_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``x @ W.T + bias`` with ``W[n, k] = q[n, k] * scale[g, n] + zero_point[g, n]``.
+    """``x @ W.T + bias``.
 
-    Two kernels. For few rows (``DECODE_MAX_M``) the weights stay integers and ``x`` becomes 16-bit
-    (float32: 24-bit) fixed point in blocks of eight; a NaN or Inf in ``x`` makes its row NaN.
-    For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``) weights are rounded once to
-    bfloat16. Both sum in float32, add the bias there and round once.
+    Two kernels. For few rows (``DECODE_MAX_M``) weights are read as they are stored and ``product``
+    says what is multiplied.
+    For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``, unless ``INT8``) weights are
+    rounded once to bfloat16. Both sum in float32, add the bias there and round once.
 
     Args:
         x: ``[M, K]``; any strides.
-        qdata: int8 ``[N, K/2]``; rows any distance apart.
-        scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
+        weight: ``[N, K]``; copied where its rows are not bytes side by side.
         bias: ``[N]``.
-        offset_binary: the nibbles of ``qdata`` are ``q + 8``.
+        out_of_range_rows: gives the results of the rows of ``x`` with a NaN, an Inf or a number
+            from 2^121 on, which fixed point (``EXACT``, ``INT8``) does not hold; without it they
+            are NaN.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
+
+    Raises:
+        ValueError, TypeError: parts that do not fit together, or what :func:`unsupported` says.
     """
-    M, K = x.shape
-    N = qdata.shape[0]
-    _check_weight(qdata, scale, zero_point, group_size)
-    if 2 * qdata.shape[1] != K:
-        raise ValueError(f"x must have {2 * qdata.shape[1]} columns (two a byte of qdata), got {K}")
+    M, N = x.shape[0], weight.N
+    _check_weight(weight)
+    if x.shape[1] != weight.K:
+        raise ValueError(f"x must have {weight.K} columns (two a byte of qdata), got {x.shape[1]}")
+    if product == Product.BF16 and weight.zero_point is not None:
+        raise ValueError("zero_point must be None where weights are rounded to bfloat16")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape [{N}], got {list(bias.shape)}")
-    if reason := unsupported(M, N, K, group_size, x.dtype, scale.dtype):
+    if reason := unsupported(_problem(M, weight, x.dtype), product):
         raise ValueError(f"compiled CPU kernel: {reason}")
     out = torch.empty((M, N), dtype=x.dtype)
     if M == 0:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
-    name = "int4q_gemm" if _uses_tiles(M, x.dtype) else "int4q_decode"
-    _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary)
+    name = "int4q_gemm" if _uses_tiles(M, x.dtype, product) else "int4q_decode"
+    in_range = _call(name, x, weight, bias, out, product)
+    if not in_range and out_of_range_rows is not None:
+        rows = ~(x.abs() < _RANGE).all(dim=1)
+        out[rows] = out_of_range_rows(x[rows])
     return out
 
 
-def _uses_tiles(M: int, x_dtype: torch.dtype) -> bool:
-    if M > DECODE_MAX_M:
-        return True
-    return M >= TILES_MIN_M and x_dtype == torch.bfloat16 and bool(_features() & _AMX)
+def _uses_tiles(M: int, x_dtype: torch.dtype, product: Product) -> bool:
+    if product == Product.INT8 or x_dtype != torch.bfloat16:
+        return False
+    return M >= TILES_MIN_M and bool(_features() & _AMX)
 
 
-def dequantize(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-    offset_binary: bool = False,
-) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """``q * scale + zero_point`` in float32, rounded once to ``dtype``.
 
     Args:
-        qdata: int8 ``[N, K/2]``; rows any distance apart.
-        scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
+        weight: ``[N, K]``; copied where its rows are not bytes side by side.
         dtype: bfloat16, float16 or float32.
-        offset_binary: the nibbles of ``qdata`` are ``q + 8``.
+        out: contiguous ``[N, K]`` of ``dtype`` to write to.
 
     Returns:
         ``[N, K]``.
+
+    Raises:
+        ValueError, TypeError: parts that do not fit together, or a weight the kernel cannot take.
     """
-    N, K = qdata.shape[0], 2 * qdata.shape[1]
-    _check_weight(qdata, scale, zero_point, group_size)
+    _check_weight(weight)
     if dtype not in _KINDS:
         raise TypeError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
-    if reason := _weight_unsupported(N, K, group_size, scale.dtype):
+    if reason := unsupported_weight(_problem(0, weight, dtype)):
         raise ValueError(f"compiled CPU kernel: {reason}")
-    out = torch.empty((N, K), dtype=dtype)
-    weight = qdata, scale, zero_point
-    _call("int4q_dequant", None, *weight, None, out, 0, K, group_size, offset_binary)
+    shape = weight.N, weight.K
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    elif out.dtype != dtype or out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)}"
+        )
+    _call("int4q_dequant", None, weight, None, out)
     return out
 
 
-def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> None:
+def _check_weight(weight: Weight) -> None:
+    qdata, scale, zero_point, group_size, _ = weight
     if qdata.dtype != torch.int8:
         raise TypeError(f"qdata must be int8 (two signed nibbles a byte), got {qdata.dtype}")
-    if qdata.stride(1) != 1:
-        raise ValueError(
-            f"qdata must be contiguous along K, got strides {qdata.stride()}. "
-            "Call .contiguous() on it"
-        )
     zero_point = scale if zero_point is None else zero_point
     if zero_point.dtype != scale.dtype:
         raise TypeError(f"zero_point must have scale's dtype {scale.dtype}, got {zero_point.dtype}")
-    expected = (2 * qdata.shape[1] // group_size, qdata.shape[0])
+    expected = (weight.K // group_size, weight.N)
     for name, t in (("scale", scale), ("zero_point", zero_point)):
         if t.shape != expected:
             raise ValueError(
@@ -199,8 +232,19 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group
             )
 
 
-def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary) -> None:
+def _call(
+    name: str,
+    x: Tensor | None,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    product: Product = Product.EXACT,
+) -> bool:
+    """Run a kernel; whether all activations were in the range of fixed point."""
     lib, _ = load()
+    qdata, scale, zero_point, group_size, signed = weight
+    # The kernels read rows byte after byte; only an exotic view is laid out otherwise.
+    qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
     status = getattr(lib, name)(
         _Args(
             None if x is None else x.data_ptr(),
@@ -214,16 +258,19 @@ def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset
             out.stride(0),
             *scale.stride(),
             *((0, 0) if zero_point is None else zero_point.stride()),
-            M,
-            qdata.shape[0],
-            K,
+            0 if x is None else x.shape[0],
+            weight.N,
+            weight.K,
             group_size,
             0 if x is None else _KINDS[x.dtype],
             _KINDS[scale.dtype],
             _KINDS[out.dtype],
             torch.get_num_threads(),
-            offset_binary,
+            not signed,
+            product,
+            _features(),
         )
     )
-    if status:
-        raise RuntimeError(f"{name}: {_ERRORS.get(status, status)}")
+    if status in _ERRORS:
+        raise RuntimeError(f"{name}: {_ERRORS[status]}")
+    return status != _OUT_OF_RANGE

@@ -1,0 +1,79 @@
+"""Products with a weight that is dequantised one cache-sized block of rows at a time: any CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int4q.kernels import reference
+from int4q.kernels.cpu import native
+from int4q.kernels.registry import Problem
+from int4q.kernels.weight import Weight
+
+BLOCK_ELEMENTS = 1 << 20
+"""A dequantised block fits in a core's L2 (2 MiB in bfloat16)."""
+
+
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """:func:`reference.dequantize` of a matrix, by the compiled kernel where it runs.
+
+    Args:
+        out: contiguous ``[N, K]`` of ``dtype`` to write to.
+    """
+    shape = 0, weight.N, weight.K, weight.group_size
+    problem = Problem("dequantize", "cpu", dtype, weight.scale.dtype, *shape)
+    if native.unsupported_dequantize(problem) is None:
+        return native.dequantize(weight, dtype, out)
+    w = reference.dequantize(weight, dtype)
+    return w if out is None else out.copy_(w)
+
+
+def _blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, their weights)``, block by block; the weights lie in one buffer that all share."""
+    N, K = weight.N, weight.K
+    step = max(1, BLOCK_ELEMENTS // max(K, 1))
+    buffer = weight.qdata.new_empty((min(step, N), K), dtype=dtype)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        yield rows, dequantize(weight.rows(rows), dtype, buffer[: rows.stop - start])
+
+
+def _product_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
+    """What blocks are multiplied in: float32 for float16, which torch multiplies up to a hundred
+    times as slowly on a CPU without float16 arithmetic."""
+    dtype = reference.compute_dtype(x, scale)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`reference.linear`; blocks are dequantised to ``dtype``."""
+    dtype = dtype or _product_dtype(x, weight.scale)
+    xc = reference.pre_scaled(x, act_pre_scale).to(dtype)
+    y = x.new_empty((x.shape[0], weight.N))
+    for rows, w in _blocks(weight, dtype):
+        y[:, rows] = F.linear(xc, w, None if bias is None else bias[rows].to(dtype))
+    return y
+
+
+def linear_rounded(x: Tensor, weight: Weight) -> Tensor:
+    """:func:`reference.linear_rounded`."""
+    return linear(x, weight, dtype=x.dtype)
+
+
+def grad_input(grad: Tensor, weight: Weight) -> Tensor:
+    """:func:`reference.grad_input`, summed over the blocks in float32."""
+    dtype = _product_dtype(grad, weight.scale)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = grad.new_zeros((grad.shape[0], weight.K), dtype=wide)
+    for rows, w in _blocks(weight, dtype):
+        total += grad[:, rows].to(dtype) @ w
+    return total.to(grad.dtype)
