@@ -87,7 +87,7 @@ def test_formats(fmt, cls, quantize):
 
 @pytest.mark.parametrize("packing,cls", [("rows", Int4Tensor), ("aten", CpuPackedInt4Tensor)])
 def test_auto_takes_the_layout_of_the_fastest_cpu_kernel(monkeypatch, packing, cls):
-    monkeypatch.setattr("int4q.kernels.cpu.entries.preferred_packing", lambda: packing)
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: packing)
     m = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 7))
     quantize_(m, Int4WeightOnlyConfig(group_size=32, int4_packing_format="auto"))
     assert type(m[0].weight) is cls and type(m[1].weight) is Int4Tensor
@@ -139,7 +139,7 @@ def test_nan_names_the_module():
 
 
 def test_cpu_packed_falls_back_to_plain_and_says_so(monkeypatch):
-    monkeypatch.setattr("int4q.kernels.cpu.entries.preferred_packing", lambda: "aten")
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: "aten")
     m = nn.Sequential(nn.Linear(64, 8))
     with pytest.warns(Int4SkipWarning, match="0.weight is held in the plain layout.*N = 8"):
         quantize_(m, Int4WeightOnlyConfig(group_size=32, int4_packing_format="cpu_packed"))

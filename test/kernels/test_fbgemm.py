@@ -76,10 +76,10 @@ def test_rowwise_batched(M, group, scale_dtype):
     """Scales of three dims reach the op as it counts groups: K is more than one group here."""
     t = weight(3, 256, 1024, group=group, dtype=scale_dtype)
     x = torch.randn(3, M, 1024, device="cuda", dtype=BF16)
-    got = fbgemm.rowwise_batched.run(x, *parts(t))
+    got = fbgemm.ROWWISE_BATCHED.run(x, *parts(t))
     expected = torch.bmm(x.double(), t.dequantize(FP32).double().mT)
     assert_close(got, expected, 5e-3)
-    assert fbgemm.rowwise_batched.run(x[:, :0], *parts(t)).shape == (3, 0, 256)
+    assert fbgemm.ROWWISE_BATCHED.run(x[:, :0], *parts(t)).shape == (3, 0, 256)
 
 
 @needs_fbgemm

@@ -235,7 +235,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("kernel", [fbgemm.rowwise, fbgemm.rowwise_batched, fbgemm.rowwise_fp8])
+@pytest.mark.parametrize("kernel", [fbgemm.ROWWISE, fbgemm.ROWWISE_BATCHED, fbgemm.ROWWISE_FP8])
 def test_fbgemm_says_why_not(monkeypatch, kernel, case):
     change, reason = REFUSED[case]
     monkeypatch.setattr(fbgemm, "_missing", lambda: None)
@@ -255,7 +255,7 @@ def test_only_who_asks_gets_fbgemm(monkeypatch, op):
     for change in (dict(dtype=torch.float16), dict(scale_dtype=torch.float16)):
         with pytest.raises(ValueError, match="takes bfloat16 .*, not torch.float16"):
             registry.choose(problem(**change), KernelPreference.FBGEMM)
-    assert fbgemm.rowwise_fp8.unsupported(problem(dtype=torch.float16)) is None
+    assert fbgemm.ROWWISE_FP8.unsupported(problem(dtype=torch.float16)) is None
 
 
 def test_without_a_gpu_the_preference_is_an_error():

@@ -113,7 +113,7 @@ def test_pickle_and_deepcopy(fmt):
 
 @pytest.mark.parametrize("packing", ["rows", "aten"])
 def test_on_disk_a_cpu_packed_weight_is_plain(monkeypatch, packing):
-    monkeypatch.setattr("int4q.kernels.cpu.entries.preferred_packing", lambda: packing)
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: packing)
     t = model("cpu_packed")[0].weight
     assert t.packing == packing
     rebuild, (plain, _) = t.__reduce_ex__(2)
@@ -121,7 +121,7 @@ def test_on_disk_a_cpu_packed_weight_is_plain(monkeypatch, packing):
     assert torch.equal(rebuild(plain, False), t)
     # Read on another kind of machine, it takes the packing of that one.
     other = {"rows": "aten", "aten": "rows"}[packing]
-    monkeypatch.setattr("int4q.kernels.cpu.entries.preferred_packing", lambda: other)
+    monkeypatch.setattr("int4q.kernels.cpu.preferred_packing", lambda: other)
     moved = pickle.loads(pickle.dumps(t))
     assert moved.packing == other and torch.equal(moved.dequantize(), t.dequantize())
     assert torch.equal(t.copy_(moved).dequantize(), moved.dequantize())
