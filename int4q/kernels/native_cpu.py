@@ -9,6 +9,7 @@ say why it cannot be used, and nothing is loaded before the first of them is cal
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 from pathlib import Path
 
@@ -21,8 +22,19 @@ TILES_MIN_M = 5
 """Rows of a bfloat16 ``x`` from which the tiles are faster, where the CPU has them."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_VNNI, _AMX = 1, 2
+_VNNI, _AMX, _BF16 = 1, 2, 4
 _ERRORS = {1: "this CPU lacks the instructions", 2: "out of memory"}
+
+
+class Product(enum.IntEnum):
+    """What a weight and an activation are in the products of :func:`linear`; sums are float32."""
+
+    EXACT = 0
+    """Weights as they are; ``x`` in 16-bit (float32: 24-bit) fixed point by blocks of eight."""
+    BF16 = 1
+    """Weights rounded once to bfloat16, ``x`` bfloat16; no zero points."""
+    INT8 = 2
+    """Weights as they are, ``x`` int8 as :func:`int4q.kernels.reference.linear_int8` has it."""
 
 
 class _Args(ctypes.Structure):
@@ -35,7 +47,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero_stride_g", "zero_stride_n")),
         *((name, ctypes.c_int64) for name in ("M", "N", "K", "group")),
         *((name, ctypes.c_int64) for name in ("x_kind", "scale_kind", "out_kind", "threads")),
-        ("offset_binary", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("offset_binary", "product", "features")),
     ]
 
 
@@ -66,7 +78,13 @@ def _features() -> int:
 
 
 def unsupported(
-    M: int, N: int, K: int, group_size: int, x_dtype: torch.dtype, scale_dtype: torch.dtype
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    x_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    product: Product = Product.EXACT,
 ) -> str | None:
     """Why :func:`linear` cannot run this problem, or ``None``."""
     if reason := _weight_unsupported(N, K, group_size, scale_dtype):
@@ -104,6 +122,8 @@ def linear(
     group_size: int,
     bias: Tensor | None = None,
     offset_binary: bool = False,
+    product: Product = Product.EXACT,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W[n, k] = q[n, k] * scale[g, n] + zero_point[g, n]``.
 
@@ -129,21 +149,24 @@ def linear(
         raise ValueError(f"x must have {2 * qdata.shape[1]} columns (two a byte of qdata), got {K}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape [{N}], got {list(bias.shape)}")
-    if reason := unsupported(M, N, K, group_size, x.dtype, scale.dtype):
+    if reason := unsupported(M, N, K, group_size, x.dtype, scale.dtype, product):
         raise ValueError(f"compiled CPU kernel: {reason}")
-    out = torch.empty((M, N), dtype=x.dtype)
+    out = torch.empty((M, N), dtype=out_dtype or x.dtype)
     if M == 0:
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
-    name = "int4q_gemm" if _uses_tiles(M, x.dtype) else "int4q_decode"
-    _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary)
+    name = "int4q_gemm" if _uses_tiles(M, x.dtype, product) else "int4q_decode"
+    weight = qdata, scale, zero_point
+    _call(name, x, *weight, bias, out, M, K, group_size, offset_binary, product)
     return out
 
 
-def _uses_tiles(M: int, x_dtype: torch.dtype) -> bool:
+def _uses_tiles(M: int, x_dtype: torch.dtype, product: Product) -> bool:
+    if product == Product.INT8:
+        return False
     if M > DECODE_MAX_M:
         return True
     return M >= TILES_MIN_M and x_dtype == torch.bfloat16 and bool(_features() & _AMX)
@@ -199,7 +222,9 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group
             )
 
 
-def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary) -> None:
+def _call(
+    name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary, product=0
+) -> None:
     lib, _ = load()
     status = getattr(lib, name)(
         _Args(
@@ -223,6 +248,8 @@ def _call(name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset
             _KINDS[out.dtype],
             torch.get_num_threads(),
             offset_binary,
+            product,
+            _features(),
         )
     )
     if status:

@@ -7,7 +7,12 @@
  *   zero_point  the same dtype [G, N], any strides; NULL where all are 0
  * group is 32, 64, 128 or 256 and divides K. Activations x are [M, K], results [M, N].
  *
- * int4q_decode   1 <= M <= 8: one pass over the 4-bit weights; x as 16 or 24 bit fixed point (VNNI)
+ * int4q_decode   a few rows: the weights are read as they are stored, eight rows of x at a time.
+ *                What a weight and an activation are in the products is the caller's choice:
+ *                  PRODUCT_EXACT    weights as they are; x as 16 or 24 bit fixed point (VNNI)
+ *                  PRODUCT_BF16     x bf16, weights rounded once to bf16; no zero points
+ *                  PRODUCT_INT8     weights as they are; x as int8, a scale for 32 (VNNI)
+ *                Sums are float32.
  * int4q_gemm     any M, x bf16: weights rounded once to bf16, float32 sums (AMX tiles)
  * int4q_dequant  rows of the weight as bf16, fp16 or fp32
  *
@@ -24,8 +29,9 @@
 #endif
 
 enum { KIND_BF16 = 0, KIND_FP16 = 1, KIND_FP32 = 2 };
-enum { FEATURE_VNNI = 1, FEATURE_AMX = 2 };
+enum { FEATURE_VNNI = 1, FEATURE_AMX = 2, FEATURE_BF16 = 4 };
 enum { INT4Q_OK = 0, INT4Q_UNSUPPORTED = 1, INT4Q_NO_MEMORY = 2 };
+enum { PRODUCT_EXACT = 0, PRODUCT_BF16 = 1, PRODUCT_INT8 = 2 };
 
 /* All a kernel reads and writes. Strides count elements (bytes for qdata). */
 typedef struct {
@@ -39,6 +45,8 @@ typedef struct {
     int64_t scale_stride_g, scale_stride_n, zero_stride_g, zero_stride_n;
     int64_t M, N, K, group;
     int64_t x_kind, scale_kind, out_kind, threads, offset_binary;
+    int64_t product;  /* of int4q_decode */
+    int64_t features; /* those of int4q_cpu_features() that may be used */
 } int4q_args;
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(_MSC_VER)
@@ -51,6 +59,8 @@ typedef struct {
 #endif
 
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
+#define TARGET_BF16 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma")))
 #define TARGET_AMX \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline))
@@ -91,9 +101,9 @@ static int detect_features(void) {
     unsigned a71 = 0;
     __get_cpuid_count(7, 1, &a71, &b, &c, &d);
     const int bf16 = (a71 >> 5) & 1, amx = ((d7 >> 22) & 1) && ((d7 >> 24) & 1);
-    if (bf16 && amx && (os & tiles) == tiles && request_tiles())
-        return FEATURE_VNNI | FEATURE_AMX;
-    return FEATURE_VNNI;
+    int features = FEATURE_VNNI | (bf16 ? FEATURE_BF16 : 0);
+    if (bf16 && amx && (os & tiles) == tiles && request_tiles()) features |= FEATURE_AMX;
+    return features;
 }
 
 EXPORT int int4q_cpu_features(void) {
@@ -104,6 +114,10 @@ EXPORT int int4q_cpu_features(void) {
         __atomic_store_n(&cached, features, __ATOMIC_RELAXED);
     }
     return features;
+}
+
+static int has_feature(const int4q_args *a, int feature) {
+    return (a->features & int4q_cpu_features() & feature) != 0;
 }
 
 /* For the caller to see that both sides mean the same arguments. */
@@ -217,24 +231,35 @@ static int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work)
 #endif
 
 /* ---------------------------------------------------------------------------------------------
- * Decode, step 1: x as block fixed point
+ * Decode, step 1: x in the order and the numbers of the products
  *
- * Eight consecutive k of one row share a power of two d, x = v * d, v a signed integer of `limbs`
- * int8 limbs, v = sum_l limb[l] * 256^l. A "unit" is 128 k of one row (64 bytes of weights), in the
- * order in which vpdpbusd wants it; int32 lane i of a register sees the k in [8 i, 8 i + 8):
- *   limb[l]     int8 [even k: 64][odd k: 64]
+ * A "unit" is 128 k of one row, 64 bytes of weights; lane i of a register of 16 sees the k in
+ * [8 i, 8 i + 8). x is held in one of these forms, whose 64-byte rows are:
+ *
+ * X_INT8, X_INT16, X_INT24: x = v * d, v a signed integer of 1, 2 or 3 int8 limbs,
+ * v = sum_l limb[l] * 256^l, d a float that 32 k (one limb) or 8 k (a power of two) share.
+ *   limb[l]     int8 [even k: 64][odd k: 64], as vpdpbusd wants it
  *   offset      int32 [16] (three limbs: one for limbs 0 and 1, one for limb 2): -8 * sum of v over
  *               the lane, since the weights enter as u = q + 8
  *   d           float [16]
+ * X_BF16: bf16 [4][32], word i of row j is k = 4 i + j: shifting a word of weights right by 4 j
+ * brings that k's nibble down.
+ * X_FLOAT: float [8][16], lane i of row j is k = 8 i + j, likewise.
  * ------------------------------------------------------------------------------------------- */
 
-enum { UNIT_K = 128, SPAN_K = 256, MAX_DECODE_M = 8, ROWS = 16, MAX_R = 4 };
+enum { UNIT_K = 128, SPAN_K = 256, MAX_CHUNK_M = 8, ROWS = 16, MAX_R = 4 };
+enum { X_INT8 = 1, X_INT16 = 2, X_INT24 = 3, X_BF16 = 4, X_FLOAT = 5, FORMS = 5 };
 
-INLINE int64_t unit_bytes(int limbs) { return limbs * 128 + (limbs - 1) * 64 + 64; }
+INLINE int64_t unit_bytes(int form) {
+    if (form == X_BF16) return 4 * 64;
+    if (form == X_FLOAT) return 8 * 64;
+    return form * 128 + (form == X_INT24 ? 2 : 1) * 64 + 64;
+}
 
+/* A chunk of at most 8 rows of x. */
 typedef struct {
-    int64_t M, units, groups;
-    int limbs;
+    int64_t m0, M, units, groups;
+    int form;
     uint8_t *units_x; /* [units][M][unit_bytes] */
     float *group_sum; /* [M][groups]: sum of x over a group, which zero_point multiplies */
 } turned_x;
@@ -254,32 +279,77 @@ INLINE TARGET_VNNI __m128i every_fourth(__m512i v) {
     return _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, v));
 }
 
-/* Exponent field of the block's d: amax / d lies in [2^(bits-1), 2^bits) but for 1/128 at the top,
- * where the upper limb would overflow. Blocks below 2^-87 share one d. */
+/* Exponent field of the block's d, a power of two: the least for which the largest |x| of the
+ * block, rounded to nearest, fits the limbs.
+ *
+ * Limbs are cut off from below as the int8 nearest to what is left, so L of them hold v up to
+ * 127 * (1 + 256 + .. + 256^(L-1)) = 32639 for two and 8355711 for three (and more below 0). Let
+ * amax = S * 2^e with 2^23 <= S < 2^24, the 24 bits of a float's significand. With field as the
+ * exponent of amax, v = S / 2^9 (two limbs, 15 bits) or S / 2 (three, 23 bits), rounded to nearest,
+ * ties to even. The first S that does not fit is the one at 32639.5 or 8355711.5, because both ties
+ * go up to the even neighbour:
+ *   two limbs    S = 32639.5 * 2^9 = 16711424 = 2^24 - 65792
+ *   three limbs  S = 8355711.5 * 2 = 16711423 = 2^24 - 65793
+ * Adding 65793 to the bits of amax carries into the exponent field exactly when S >= 2^24 - 65793;
+ * d is twice as large then, and v <= 2^22 (2^14) fits. For two limbs this is early by the one value
+ * S = 16711423. Smaller |x| of the block give smaller |v|.
+ *
+ * d is at least the smallest normal float, 2^-126, so that 1 / d is finite: the field of amax counts
+ * as `bits` at least, and x below 2^-104 (2^-112 for 16 bits) are rounded to multiples of 2^-126. */
 INLINE TARGET_VNNI __m512i block_exponent(__m512i amax_bits, int bits) {
     const __m512i field =
-        _mm512_srli_epi32(_mm512_add_epi32(amax_bits, _mm512_set1_epi32(1 << 16)), 23);
-    return _mm512_sub_epi32(_mm512_max_epi32(field, _mm512_set1_epi32(40)),
+        _mm512_srli_epi32(_mm512_add_epi32(amax_bits, _mm512_set1_epi32(65793)), 23);
+    return _mm512_sub_epi32(_mm512_max_epi32(field, _mm512_set1_epi32(bits)),
                             _mm512_set1_epi32(bits - 1));
 }
 
-/* 32 k of x (even and odd ones) -> 16 byte of each limb, 4 lanes of offset and d. */
-INLINE TARGET_VNNI void turn_chunk(__m512 even, __m512 odd, int limbs, uint8_t *unit, int chunk) {
+/* 8 k a lane of four: their power of two d, and v. A block with NaN or Inf in it gets d = NaN, so
+ * that every result it enters is NaN. */
+INLINE TARGET_VNNI __m512 to_fixed_point(__m512 even, __m512 odd, __m512i amax, int bits,
+                                         __m512i *v_even, __m512i *v_odd) {
+    const __m512i field = block_exponent(amax, bits);
+    const __m512 inverse = _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254), field), 23));
+    const __mmask16 bad = _mm512_cmpge_epi32_mask(amax, _mm512_set1_epi32(0x7f800000));
+    *v_even = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(even, inverse));
+    *v_odd = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(odd, inverse));
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi32(_mm512_slli_epi32(field, 23), bad, _mm512_set1_epi32(0x7fc00000)));
+}
+
+/* All 32 k: d = amax / 127 and v = x / d, to nearest even; where d rounds to 0 all v are 0. */
+INLINE TARGET_VNNI __m512 to_int8(__m512 even, __m512 odd, __m512i amax, __m512i *v_even,
+                                  __m512i *v_odd) {
+    const __m512 limit = _mm512_set1_ps(127.0f), minus_limit = _mm512_set1_ps(-127.0f);
+    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(amax)));
+    const __m512 d = _mm512_div_ps(largest, limit);
+    /* Neither 0 nor Inf nor NaN: the comparison is ordered. */
+    const __mmask16 live =
+        _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_GT_OQ) &
+        _mm512_cmp_ps_mask(largest, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512 to_even = _mm512_maskz_div_ps(live, even, d);
+    const __m512 to_odd = _mm512_maskz_div_ps(live, odd, d);
+    *v_even = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(to_even, minus_limit), limit));
+    *v_odd = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(to_odd, minus_limit), limit));
+    const __mmask16 finite =
+        _mm512_cmp_ps_mask(largest, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(__builtin_nanf("")), finite, d);
+}
+
+/* 32 k of x (even and odd ones) -> 16 byte of each limb, 4 lanes of offset and d; their sum, as far
+ * as int8 activations have another one than x. */
+INLINE TARGET_VNNI float turn_limbs(__m512 even, __m512 odd, int limbs, uint8_t *unit, int chunk) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     const __m512i abs_even = _mm512_and_si512(_mm512_castps_si512(even), magnitude);
     const __m512i abs_odd = _mm512_and_si512(_mm512_castps_si512(odd), magnitude);
     const __m512i amax = max_of_four(_mm512_max_epi32(abs_even, abs_odd));
-    const __m512i field = block_exponent(amax, limbs == 2 ? 15 : 23);
-    const __m512 inverse = _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254), field), 23));
-    /* A block with NaN or Inf in it gets d = NaN, so that every result it enters is NaN. */
-    const __mmask16 bad = _mm512_cmpge_epi32_mask(amax, _mm512_set1_epi32(0x7f800000));
-    const __m512i d =
-        _mm512_mask_mov_epi32(_mm512_slli_epi32(field, 23), bad, _mm512_set1_epi32(0x7fc00000));
-    __m512i v_even = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(even, inverse));
-    __m512i v_odd = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(odd, inverse));
+    __m512i v_even, v_odd;
+    const __m512 d = limbs == X_INT8
+                         ? to_int8(even, odd, amax, &v_even, &v_odd)
+                         : to_fixed_point(even, odd, amax, limbs == 2 ? 15 : 23, &v_even, &v_odd);
     const __m512i half = _mm512_set1_epi32(128);
-    __m512i low = _mm512_setzero_si512(), sum = _mm512_add_epi32(v_even, v_odd);
+    const __m512i all = _mm512_add_epi32(v_even, v_odd);
+    __m512i low = _mm512_setzero_si512(), sum = all;
     for (int l = 0; l < limbs; l++) {
         uint8_t *to = unit + l * 128 + chunk * 16;
         if (l == 2) { /* what limbs 0 and 1 hold is v - limb2 * 2^16 */
@@ -299,29 +369,72 @@ INLINE TARGET_VNNI void turn_chunk(__m512 even, __m512 odd, int limbs, uint8_t *
         offset += 4;
     }
     _mm_storeu_si128(offset, every_fourth(_mm512_mullo_epi32(sum_of_four(sum), minus8)));
-    _mm_storeu_si128(offset + 4, every_fourth(d));
+    _mm_storeu_si128(offset + 4, every_fourth(_mm512_castps_si512(d)));
+    if (limbs == X_INT8) return (float)_mm512_reduce_add_epi32(all) * _mm512_cvtss_f32(d);
+    return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
-/* Row m, k in [span * 256, span * 256 + 256): whole groups, so that their sums are final. */
-static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_t m, int64_t span) {
+/* The four 16-byte lanes of v to 64-byte rows first .. first + 3 of a unit. */
+INLINE TARGET_VNNI void store_lanes(__m512i v, uint8_t *unit, int first, int chunk) {
+    __m128i *to = (__m128i *)(unit + first * 64 + chunk * 16);
+    _mm_storeu_si128(to, _mm512_castsi512_si128(v));
+    _mm_storeu_si128(to + 4, _mm512_extracti32x4_epi32(v, 1));
+    _mm_storeu_si128(to + 8, _mm512_extracti32x4_epi32(v, 2));
+    _mm_storeu_si128(to + 12, _mm512_extracti32x4_epi32(v, 3));
+}
+
+/* 32 k of bf16 -> 8 words of each of the four rows. */
+INLINE TARGET_VNNI void turn_bf16(__m512i x, uint8_t *unit, int chunk) {
+    const __m512i fours = _mm512_broadcast_i32x4(
+        _mm_set_epi16(28, 24, 20, 16, 12, 8, 4, 0));
+    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i index =
+        _mm512_add_epi16(fours, _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)));
+    store_lanes(_mm512_permutexvar_epi16(index, x), unit, 0, chunk);
+}
+
+/* 32 k of float -> 4 lanes of each of the eight rows. */
+INLINE TARGET_VNNI void turn_floats(__m512 lo, __m512 hi, uint8_t *unit, int chunk) {
+    const __m512i index =
+        _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    const __m512i upper = _mm512_add_epi32(index, _mm512_set1_epi32(4));
+    store_lanes(_mm512_castps_si512(_mm512_permutex2var_ps(lo, index, hi)), unit, 0, chunk);
+    store_lanes(_mm512_castps_si512(_mm512_permutex2var_ps(lo, upper, hi)), unit, 4, chunk);
+}
+
+/* 32 k of a row of x from element `at` on, those in the mask; their sum. */
+INLINE TARGET_VNNI float turn_chunk(const int4q_args *a, int form, int64_t at, __mmask16 mask,
+                                    uint8_t *unit, int chunk) {
     const __m512i even_index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
                                                 2, 0);
     const __m512i odd_index = _mm512_add_epi32(even_index, _mm512_set1_epi32(1));
+    if (form == X_BF16) {
+        const uint16_t *x = (const uint16_t *)a->x + at;
+        turn_bf16(mask ? _mm512_loadu_si512(x) : _mm512_setzero_si512(), unit, chunk);
+        return 0; /* no zero points */
+    }
+    const __m512 lo = load_floats(a->x, a->x_kind, at, mask);
+    const __m512 hi = load_floats(a->x, a->x_kind, at + (mask ? 16 : 0), mask);
+    if (form == X_FLOAT) {
+        turn_floats(lo, hi, unit, chunk);
+        return 0;
+    }
+    return turn_limbs(_mm512_permutex2var_ps(lo, even_index, hi),
+                      _mm512_permutex2var_ps(lo, odd_index, hi), form, unit, chunk);
+}
+
+/* Row m of the chunk, k in [span * 256, span * 256 + 256): whole groups, so that their sums are
+ * final. */
+static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_t m, int64_t span) {
     const int64_t last = min64(SPAN_K, t->units * UNIT_K - span * SPAN_K);
     float sum = 0;
     for (int64_t i = 0; i < last; i += 32) {
         const int64_t k = span * SPAN_K + i, unit = k / UNIT_K;
         const __mmask16 mask = k < a->K ? 0xffff : 0; /* K is a multiple of 32, the units' of 128 */
-        const int64_t at = k < a->K ? m * a->x_stride + k : 0;
-        const __m512 lo = load_floats(a->x, a->x_kind, at, mask);
-        const __m512 hi = load_floats(a->x, a->x_kind, at + (mask ? 16 : 0), mask);
-        uint8_t *to = t->units_x + (unit * t->M + m) * unit_bytes(t->limbs);
-        turn_chunk(_mm512_permutex2var_ps(lo, even_index, hi),
-                   _mm512_permutex2var_ps(lo, odd_index, hi), t->limbs, to,
-                   (int)(k % UNIT_K) / 32);
-        if (!mask) continue;
-        sum += _mm512_reduce_add_ps(_mm512_add_ps(lo, hi));
-        if ((k + 32) % a->group == 0) {
+        const int64_t at = k < a->K ? (t->m0 + m) * a->x_stride + k : 0;
+        uint8_t *to = t->units_x + (unit * t->M + m) * unit_bytes(t->form);
+        sum += turn_chunk(a, t->form, at, mask, to, (int)(k % UNIT_K) / 32);
+        if (mask && (k + 32) % a->group == 0) {
             t->group_sum[m * t->groups + k / a->group] = sum;
             sum = 0;
         }
@@ -406,11 +519,13 @@ INLINE TARGET_VNNI __m512 dot_unit(__m512i even, __m512i odd, const uint8_t *x, 
     const __m512i *limb = (const __m512i *)x;
     const __m512i *offset = limb + 2 * limbs;
     __m512i l0 = _mm512_dpbusd_epi32(_mm512_load_si512(offset), even, _mm512_load_si512(limb));
-    __m512i l1 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(limb + 2));
     l0 = _mm512_dpbusd_epi32(l0, odd, _mm512_load_si512(limb + 1));
+    if (limbs == X_INT8)
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(l0), _mm512_load_ps((const float *)(offset + 1)));
+    __m512i l1 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(limb + 2));
     l1 = _mm512_dpbusd_epi32(l1, odd, _mm512_load_si512(limb + 3));
     __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(l1, 8), l0));
-    if (limbs == 3) {
+    if (limbs == X_INT24) {
         __m512i l2 =
             _mm512_dpbusd_epi32(_mm512_load_si512(offset + 1), even, _mm512_load_si512(limb + 4));
         l2 = _mm512_dpbusd_epi32(l2, odd, _mm512_load_si512(limb + 5));
@@ -434,13 +549,18 @@ typedef struct {
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
     int unit_shift;      /* log2 of the units in a group */
     int64_t prefetch;    /* from a byte to the one that is needed some rows later */
-    char flip;           /* what turns a byte of nibbles into offset binary */
+    int64_t offset_binary;
+    char flip; /* what turns a byte of nibbles into offset binary */
 } weight_rows;
 
-/* acc[row][m] += one unit of R rows from `first` on. */
-INLINE TARGET_VNNI void decode_unit(const weight_rows *w, const uint8_t *const row[], int first,
-                                    int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
-                                    const int M, const int R, const int limbs, const int quads) {
+/* acc[row][m] += one unit of R rows from `first` on; x in one form. */
+typedef void (*unit_fn)(const weight_rows *w, const uint8_t *const row[], int first, int64_t unit,
+                        __mmask16 mask, const uint8_t *x, __m512 *acc, const int M, const int R,
+                        const int form, const int quads);
+
+INLINE TARGET_VNNI void limbs_unit(const weight_rows *w, const uint8_t *const row[], int first,
+                                   int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
+                                   const int M, const int R, const int form, const int quads) {
     __m512i even[MAX_R], odd[MAX_R];
     __m512 scale[MAX_R];
     const __m512i flip = _mm512_set1_epi8(w->flip);
@@ -456,27 +576,115 @@ INLINE TARGET_VNNI void decode_unit(const weight_rows *w, const uint8_t *const r
         UNROLL
         for (int r = 0; r < R; r++)
             acc[r * M + m] =
-                _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(limbs), limbs),
+                _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(form), form),
                                 scale[r], acc[r * M + m]);
+}
+
+/* Entry i: the value of nibble i with this scale. */
+INLINE TARGET_VNNI __m512 scaled_nibbles(float scale, int64_t offset_binary) {
+    const __m512 halves = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 q = offset_binary ? _mm512_shuffle_f32x4(halves, halves, 0x4e) : halves;
+    return _mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST);
+}
+
+INLINE const float *scales_of_row(const weight_rows *w, const int quads, int64_t unit, int row) {
+    if (quads) return w->scales + (unit * ROWS + row_slot(row)) * 4;
+    return w->scales + (unit >> w->unit_shift) * ROWS + row;
+}
+
+/* The bf16 values of the nibbles that `shift` brings to the bottom of each word. vpermw looks at 5
+ * bits of an index and vpermt2w at 6: with one scale a unit the fifth is some other nibble's and the
+ * table holds its 16 entries twice, with four they say which 32 k the word is in. */
+INLINE TARGET_BF16 __m512i look_up_bf16(__m512i shifted, const __m512i table[2],
+                                        const int quads) {
+    if (!quads) return _mm512_permutexvar_epi16(shifted, table[0]);
+    const __m512i low = _mm512_set1_epi16(0x0f);
+    const __m512i quad = _mm512_set_epi64(
+        0x0030003000300030, 0x0030003000300030, 0x0020002000200020, 0x0020002000200020,
+        0x0010001000100010, 0x0010001000100010, 0, 0);
+    enum { AND_THEN_OR = 0xea };
+    const __m512i index = _mm512_ternarylogic_epi32(shifted, low, quad, AND_THEN_OR);
+    return _mm512_permutex2var_epi16(table[0], index, table[1]);
+}
+
+INLINE TARGET_BF16 void bf16_unit(const weight_rows *w, const uint8_t *const row[], int first,
+                                  int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
+                                  const int M, const int R, const int form, const int quads) {
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        const uint8_t *at = row[r] + unit * 64;
+        const float *scale = scales_of_row(w, quads, unit, first + r);
+        const __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
+        __m512 value[4];
+        __m512i table[2], weight[4];
+        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
+        for (int i = 0; i < (quads ? 4 : 1); i++)
+            value[i] = scaled_nibbles(scale[i], w->offset_binary);
+        table[0] = (__m512i)_mm512_cvtne2ps_pbh(value[quads ? 1 : 0], value[0]);
+        table[1] = quads ? (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]) : table[0];
+        weight[0] = look_up_bf16(nibbles, table, quads);
+        weight[1] = look_up_bf16(_mm512_srli_epi16(nibbles, 4), table, quads);
+        weight[2] = look_up_bf16(_mm512_srli_epi16(nibbles, 8), table, quads);
+        weight[3] = look_up_bf16(_mm512_srli_epi16(nibbles, 12), table, quads);
+        UNROLL
+        for (int m = 0; m < M; m++) {
+            const __m512i *to = (const __m512i *)(x + m * unit_bytes(form));
+            UNROLL
+            for (int j = 0; j < 4; j++)
+                acc[r * M + m] = _mm512_dpbf16_ps(acc[r * M + m], (__m512bh)weight[j],
+                                                  (__m512bh)_mm512_load_si512(to + j));
+        }
+    }
+}
+
+/* Rounded to bf16, still float. */
+INLINE TARGET_VNNI __m512 through_bf16(__m512 f) { return bf16_to_float(float_to_bf16(f)); }
+
+/* bf16_unit for a CPU without bf16 products. vpermps looks at 4 bits of an index: four scales a unit
+ * are four tables, each for its lanes. */
+INLINE TARGET_VNNI void float_unit(const weight_rows *w, const uint8_t *const row[], int first,
+                                   int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
+                                   const int M, const int R, const int form, const int quads) {
+    for (int r = 0; r < R; r++) {
+        const uint8_t *at = row[r] + unit * 64;
+        const float *scale = scales_of_row(w, quads, unit, first + r);
+        __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
+        __m512 table[4];
+        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
+        for (int i = 0; i < (quads ? 4 : 1); i++)
+            table[i] = through_bf16(scaled_nibbles(scale[i], w->offset_binary));
+        for (int j = 0; j < 8; j++, nibbles = _mm512_srli_epi32(nibbles, 4)) {
+            __m512 weight = _mm512_permutexvar_ps(nibbles, table[0]);
+            for (int i = 1; i < (quads ? 4 : 1); i++)
+                weight = _mm512_mask_permutexvar_ps(weight, (__mmask16)(0xf << 4 * i), nibbles,
+                                                    table[i]);
+            UNROLL
+            for (int m = 0; m < M; m++) {
+                const float *to = (const float *)(x + m * unit_bytes(form)) + j * 16;
+                acc[r * M + m] = _mm512_fmadd_ps(weight, _mm512_load_ps(to), acc[r * M + m]);
+            }
+        }
+    }
 }
 
 /* Adds units [begin, end) of R rows from `first` on to sums[row][m], 16 partial sums each. */
 INLINE TARGET_VNNI void decode_rows(const weight_rows *w, const turned_x *t, int first,
                                     int64_t begin, int64_t end, __m512 *sums, const int M,
-                                    const int R, const int limbs, const int quads) {
-    __m512 acc[MAX_R * MAX_DECODE_M];
+                                    const int R, const int form, const int quads,
+                                    const unit_fn decode_unit) {
+    __m512 acc[MAX_R * MAX_CHUNK_M];
     const uint8_t *row[MAX_R];
     UNROLL
     for (int r = 0; r < R; r++) row[r] = w->row[first + r];
     UNROLL
     for (int i = 0; i < R * M; i++) acc[i] = sums[first * M + i];
-    const uint8_t *x = t->units_x + begin * M * unit_bytes(limbs);
+    const uint8_t *x = t->units_x + begin * M * unit_bytes(form);
     const int64_t full = min64(end, w->full_units);
     int64_t unit = begin;
-    for (; unit < full; unit++, x += M * unit_bytes(limbs))
-        decode_unit(w, row, first, unit, 0xffff, x, acc, M, R, limbs, quads);
+    for (; unit < full; unit++, x += M * unit_bytes(form))
+        decode_unit(w, row, first, unit, 0xffff, x, acc, M, R, form, quads);
     if (unit < end)
-        decode_unit(w, row, first, unit, w->tail_mask, x, acc, M, R, limbs, quads);
+        decode_unit(w, row, first, unit, w->tail_mask, x, acc, M, R, form, quads);
     UNROLL
     for (int i = 0; i < R * M; i++) sums[first * M + i] = acc[i];
 }
@@ -486,15 +694,15 @@ enum { SWEEP_BYTES = 24 << 10 };
 
 /* sums[row][m] and total[m], 16 rows of the weight: products with q * scale and zero_point. */
 INLINE TARGET_VNNI void decode_block(const weight_rows *w, const turned_x *t, __m512 *sums,
-                                     __m512 *total, const int M, const int R, const int limbs,
-                                     const int quads) {
-    const int64_t step = SWEEP_BYTES / (M * unit_bytes(limbs));
+                                     __m512 *total, const int M, const int R, const int form,
+                                     const int quads, const unit_fn decode_unit) {
+    const int64_t step = SWEEP_BYTES / (M * unit_bytes(form));
     for (int i = 0; i < ROWS * M; i++) sums[i] = _mm512_setzero_ps();
     for (int64_t begin = 0; begin < t->units; begin += step)
         for (int first = 0; first < ROWS; first += R)
-            decode_rows(w, t, first, begin, min64(begin + step, t->units), sums, M, R, limbs,
-                        quads);
-    __m512 acc[MAX_DECODE_M];
+            decode_rows(w, t, first, begin, min64(begin + step, t->units), sums, M, R, form,
+                        quads, decode_unit);
+    __m512 acc[MAX_CHUNK_M];
     UNROLL
     for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < t->groups; g++) {
@@ -511,16 +719,20 @@ INLINE TARGET_VNNI void decode_block(const weight_rows *w, const turned_x *t, __
 
 typedef void (*block_fn)(const weight_rows *, const turned_x *, __m512 *sums, __m512 *total);
 
-#define DEFINE_BLOCK(name, M, R, limbs, quads)                                         \
-    static TARGET_VNNI void name##_##M##_##limbs(const weight_rows *w, const turned_x *t, \
-                                                 __m512 *sums, __m512 *total) {        \
-        decode_block(w, t, sums, total, M, R, limbs, quads);                           \
+#define DEFINE_BLOCK(target, form, unit, M, R, quads)                                          \
+    static target void block_##form##_##M##_##quads(const weight_rows *w, const turned_x *t,  \
+                                                    __m512 *sums, __m512 *total) {            \
+        decode_block(w, t, sums, total, M, R, form, quads, unit);                             \
     }
-#define DEFINE_BLOCKS(M, R)            \
-    DEFINE_BLOCK(by_group, M, R, 2, 0) \
-    DEFINE_BLOCK(by_group, M, R, 3, 0) \
-    DEFINE_BLOCK(by_quad, M, R, 2, 1)  \
-    DEFINE_BLOCK(by_quad, M, R, 3, 1)
+#define DEFINE_BLOCKS_OF(M, R, quads)                          \
+    DEFINE_BLOCK(TARGET_VNNI, X_INT8, limbs_unit, M, R, quads)  \
+    DEFINE_BLOCK(TARGET_VNNI, X_INT16, limbs_unit, M, R, quads) \
+    DEFINE_BLOCK(TARGET_VNNI, X_INT24, limbs_unit, M, R, quads) \
+    DEFINE_BLOCK(TARGET_BF16, X_BF16, bf16_unit, M, R, quads)   \
+    DEFINE_BLOCK(TARGET_VNNI, X_FLOAT, float_unit, M, R, quads)
+#define DEFINE_BLOCKS(M, R)   \
+    DEFINE_BLOCKS_OF(M, R, 0) \
+    DEFINE_BLOCKS_OF(M, R, 1)
 DEFINE_BLOCKS(1, 4)
 DEFINE_BLOCKS(2, 4)
 DEFINE_BLOCKS(3, 4)
@@ -530,34 +742,55 @@ DEFINE_BLOCKS(6, 2)
 DEFINE_BLOCKS(7, 2)
 DEFINE_BLOCKS(8, 2)
 
-static block_fn choose_block(int64_t M, int limbs, int quads) {
-#define OF_M(M) {{by_group_##M##_2, by_group_##M##_3}, {by_quad_##M##_2, by_quad_##M##_3}}
-    static const block_fn table[MAX_DECODE_M][2][2] = {OF_M(1), OF_M(2), OF_M(3), OF_M(4),
-                                                       OF_M(5), OF_M(6), OF_M(7), OF_M(8)};
-    return table[M - 1][quads][limbs - 2];
+static block_fn choose_block(int64_t M, int form, int quads) {
+#define OF_FORM(form, M) {block_##form##_##M##_0, block_##form##_##M##_1}
+#define OF_M(M)                                                                          \
+    {OF_FORM(X_INT8, M), OF_FORM(X_INT16, M), OF_FORM(X_INT24, M), OF_FORM(X_BF16, M), \
+     OF_FORM(X_FLOAT, M)}
+    static const block_fn table[MAX_CHUNK_M][FORMS][2] = {OF_M(1), OF_M(2), OF_M(3), OF_M(4),
+                                                          OF_M(5), OF_M(6), OF_M(7), OF_M(8)};
+    return table[M - 1][form - 1][quads];
 }
 
 /* Results of 16 rows of the weight: partial sums + zero points + bias. */
-INLINE TARGET_VNNI void finish_block(const int4q_args *a, int64_t M, const __m512 *sums,
+INLINE TARGET_VNNI void finish_block(const int4q_args *a, const turned_x *t, const __m512 *sums,
                                      const __m512 *total, int64_t n0, __mmask16 mask) {
     const __m512 bias = a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + n0) : _mm512_setzero_ps();
-    for (int64_t m = 0; m < M; m++) {
+    for (int64_t m = 0; m < t->M; m++) {
         float dot[ROWS];
-        for (int r = 0; r < ROWS; r++) dot[r] = _mm512_reduce_add_ps(sums[r * M + m]);
+        for (int r = 0; r < ROWS; r++) dot[r] = _mm512_reduce_add_ps(sums[r * t->M + m]);
         const __m512 y = _mm512_add_ps(_mm512_loadu_ps(dot), total[m]);
-        store_floats(a->out, a->out_kind, m * a->out_stride + n0, mask, _mm512_add_ps(y, bias));
+        const int64_t at = (t->m0 + m) * a->out_stride + n0;
+        store_floats(a->out, a->out_kind, at, mask, _mm512_add_ps(y, bias));
     }
 }
 
-/* Blocks of 16 rows; `params` are this thread's to fill. */
-static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, range blocks,
+/* All of x: chunks of 8 rows, the last one maybe shorter, and the buffers that they share. */
+typedef struct {
+    turned_x whole;
+    int64_t chunks;
+} all_x;
+
+static turned_x chunk_of(const all_x *x, int64_t chunk) {
+    turned_x t = x->whole;
+    t.m0 = chunk * MAX_CHUNK_M;
+    t.M = min64(MAX_CHUNK_M, x->whole.M - t.m0);
+    t.units_x += t.m0 * t.units * unit_bytes(t.form);
+    t.group_sum += t.m0 * t.groups;
+    return t;
+}
+
+/* Blocks of 16 rows; `params` are this thread's to fill. A block meets one chunk of x after the
+ * other while its weights are in cache. */
+static TARGET_VNNI void decode_blocks(const int4q_args *a, const all_x *x, range blocks,
                                       const block_params *params) {
     const int quads = a->group < UNIT_K;
-    const block_fn compute = choose_block(t->M, t->limbs, quads);
+    const int64_t units = x->whole.units, groups = x->whole.groups;
     weight_rows w = {.full_units = a->K / UNIT_K,
                      .tail_mask = lanes(a->K % UNIT_K / 8),
                      .unit_shift = a->group > UNIT_K,
                      .prefetch = 4 * a->q_stride,
+                     .offset_binary = a->offset_binary,
                      .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
@@ -565,48 +798,64 @@ static TARGET_VNNI void decode_blocks(const int4q_args *a, const turned_x *t, ra
         if (at == 0) {
             const int count = (int)min64(MAX_BLOCKS, blocks.end - block);
             if (quads)
-                scales_by_quad(a, n0, count, t->units, params);
+                scales_by_quad(a, n0, count, units, params);
             else
-                scales_by_group(a, n0, count, t->groups, params);
-            zeros_by_group(a, n0, count, t->groups, params);
+                scales_by_group(a, n0, count, groups, params);
+            zeros_by_group(a, n0, count, groups, params);
         }
         w.scales = params->scale + at * params->scale_size;
         w.zeros = params->zero + at * params->zero_size;
         for (int r = 0; r < ROWS; r++)
             w.row[r] = a->qdata + min64(n0 + r, a->N - 1) * a->q_stride;
-        __m512 sums[ROWS * MAX_DECODE_M], total[MAX_DECODE_M];
-        compute(&w, t, sums, total);
-        finish_block(a, t->M, sums, total, n0, lanes(a->N - n0));
+        for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+            const turned_x t = chunk_of(x, chunk);
+            __m512 sums[ROWS * MAX_CHUNK_M], total[MAX_CHUNK_M];
+            choose_block(t.M, t.form, quads)(&w, &t, sums, total);
+            finish_block(a, &t, sums, total, n0, lanes(a->N - n0));
+        }
     }
 }
 
+/* How the products want x; 0 where they are not to be had. */
+static int form_of_x(const int4q_args *a) {
+    if (a->product == PRODUCT_INT8) return X_INT8;
+    if (a->product == PRODUCT_EXACT) return a->x_kind == KIND_FP32 ? X_INT24 : X_INT16;
+    if (a->x_kind != KIND_BF16 || a->zero) return 0;
+    return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
+}
+
 EXPORT int int4q_decode(const int4q_args *a) {
-    if (!(int4q_cpu_features() & FEATURE_VNNI) || a->M > MAX_DECODE_M) return INT4Q_UNSUPPORTED;
-    turned_x t = {.M = a->M,
-                  .units = ceil_div(a->K, UNIT_K),
-                  .groups = a->K / a->group,
-                  .limbs = a->x_kind == KIND_FP32 ? 3 : 2};
+    if (!has_feature(a, FEATURE_VNNI) || !form_of_x(a)) return INT4Q_UNSUPPORTED;
+    all_x x = {.whole = {.M = a->M,
+                         .units = ceil_div(a->K, UNIT_K),
+                         .groups = a->K / a->group,
+                         .form = form_of_x(a)},
+               .chunks = ceil_div(a->M, MAX_CHUNK_M)};
+    turned_x *t = &x.whole;
     const int64_t blocks = ceil_div(a->N, ROWS), spans = ceil_div(a->K, SPAN_K);
     const int64_t threads = useful_threads(a, blocks, a->N * (a->K / 2) * a->M);
-    const int64_t units_size = t.units * t.M * unit_bytes(t.limbs);
-    const int64_t sums_size = ceil_div(t.M * t.groups, 16) * 64;
+    const int64_t units_size = t->units * t->M * unit_bytes(t->form);
+    const int64_t sums_size = ceil_div(t->M * t->groups, 16) * 64;
     /* The tail of K may make a unit of a group that does not exist: groups + 1. */
-    const int64_t scale_size = a->group < UNIT_K ? t.units * ROWS * 4 : (t.groups + 1) * ROWS;
-    const int64_t zero_size = t.groups * ROWS, params_size = MAX_BLOCKS * (scale_size + zero_size);
+    const int64_t scale_size = a->group < UNIT_K ? t->units * ROWS * 4 : (t->groups + 1) * ROWS;
+    const int64_t zero_size = t->groups * ROWS, params_size = MAX_BLOCKS * (scale_size + zero_size);
     uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
     if (!memory) return INT4Q_NO_MEMORY;
-    t.units_x = memory;
-    t.group_sum = (float *)(memory + units_size);
+    t->units_x = memory;
+    t->group_sum = (float *)(memory + units_size);
     float *all_params = (float *)(memory + units_size + sums_size);
     PARALLEL(threads) {
         const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
-        const range spans_here = share(spans * t.M, part, parts);
-        for (int64_t i = spans_here.begin; i < spans_here.end; i++)
-            turn_span(a, &t, i % t.M, i / t.M);
+        const range spans_here = share(spans * t->M, part, parts);
+        for (int64_t i = spans_here.begin; i < spans_here.end; i++) {
+            const int64_t m = i / spans;
+            const turned_x chunk = chunk_of(&x, m / MAX_CHUNK_M);
+            turn_span(a, &chunk, m % MAX_CHUNK_M, i % spans);
+        }
         BARRIER;
         float *mine = all_params + part * params_size;
         const block_params params = {scale_size, zero_size, mine, mine + MAX_BLOCKS * scale_size};
-        decode_blocks(a, &t, share(blocks, part, parts), &params);
+        decode_blocks(a, &x, share(blocks, part, parts), &params);
     }
     _mm_free(memory);
     return INT4Q_OK;
@@ -629,10 +878,7 @@ INLINE TARGET_VNNI void params_of_rows(const int4q_args *a, int64_t n0, int64_t 
 /* Entry i: the value of nibble i, q * scale + zero_point, the product rounded before the sum as in
  * the reference (the rounding variant keeps compilers from fusing the two). */
 INLINE TARGET_VNNI __m512 value_table(float scale, float zero, int64_t offset_binary) {
-    const __m512 halves = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 q = offset_binary ? _mm512_shuffle_f32x4(halves, halves, 0x4e) : halves;
-    return _mm512_add_ps(_mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST),
-                         _mm512_set1_ps(zero));
+    return _mm512_add_ps(scaled_nibbles(scale, offset_binary), _mm512_set1_ps(zero));
 }
 
 /* 16 bytes -> 32 table entries in the order of k. vpermw looks at 5 bits of each index; the fifth
@@ -683,7 +929,7 @@ static TARGET_VNNI void dequant_rows(const int4q_args *a, int64_t n0) {
 }
 
 EXPORT int int4q_dequant(const int4q_args *a) {
-    if (!(int4q_cpu_features() & FEATURE_VNNI)) return INT4Q_UNSUPPORTED;
+    if (!has_feature(a, FEATURE_VNNI)) return INT4Q_UNSUPPORTED;
     const int64_t blocks = ceil_div(a->N, ROWS);
     const int64_t threads = useful_threads(a, blocks, a->N * a->K / 2);
     PARALLEL(threads) {
@@ -1071,7 +1317,7 @@ static TARGET_AMX void large_panels(const int4q_args *a, const packed_x *p, rang
 }
 
 EXPORT int int4q_gemm(const int4q_args *a) {
-    if (!(int4q_cpu_features() & FEATURE_AMX) || a->x_kind != KIND_BF16) return INT4Q_UNSUPPORTED;
+    if (!has_feature(a, FEATURE_AMX) || a->x_kind != KIND_BF16) return INT4Q_UNSUPPORTED;
     const int64_t panels = ceil_div(a->N, PANEL), units = ceil_div(a->K, UNIT_K);
     const int64_t threads = useful_threads(a, panels, a->N * (a->K / 2) * a->M);
     const int64_t max_tiles = ceil_div(min64(a->M, BLOCK_M), 16);
