@@ -6,8 +6,8 @@ holds one cache-sized block of rows at a time.
 
 from __future__ import annotations
 
-import functools
-import warnings
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _PACKED_MAX_M = 64
 # A dequantised block fits in a core's L2 (elements; 2 MiB in bfloat16).
 _BLOCK_ELEMENTS = 1 << 20
-# A weight smaller than this is not worth a warning about its speed (bytes of qdata).
-_ANNOUNCE_BYTES = 1 << 20
 
 PACKINGS = {"rows": 1, "aten": aten_packed.N_MULTIPLE}
 """Layouts of a CPU-packed weight -> what N must be a multiple of."""
@@ -91,6 +89,7 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
     offset_binary: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs.
 
@@ -99,15 +98,41 @@ def dequantize(
     N, K = qdata.shape[0], 2 * qdata.shape[1]
     problem = Problem("dequantize", "cpu", dtype, scale.dtype, 0, N, K, group_size)
     if _dequantize_unsupported(problem) is None:
-        return _native_dequantize(qdata, scale, zero_point, group_size, dtype, offset_binary)
+        return _native_dequantize(qdata, scale, zero_point, group_size, dtype, offset_binary, out)
     qdata = offset_to_signed(qdata) if offset_binary else qdata
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
+    w = reference.dequantize(qdata, scale, zero_point, group_size, dtype)
+    return w if out is None else out.copy_(w)
 
 
 def _row_blocks(N: int, K: int) -> list[slice]:
     rows = max(1, _BLOCK_ELEMENTS // max(K, 1))
     return [slice(n, min(n + rows, N)) for n in range(0, N, rows)]
+
+
+def _dequantized_blocks(
+    dtype: torch.dtype,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    offset_binary: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, their weights)``, block by block; the weights lie in one buffer that all share."""
+    blocks = _row_blocks(qdata.shape[0], 2 * qdata.shape[1])
+    largest = blocks[0].stop if blocks else 0
+    buffer = qdata.new_empty((largest, 2 * qdata.shape[1]), dtype=dtype)
+    for rows in blocks:
+        part = qdata[rows], scale[:, rows], None if zero_point is None else zero_point[:, rows]
+        out = buffer[: rows.stop - rows.start]
+        yield rows, dequantize(*part, group_size, dtype, offset_binary, out)
+
+
+def _product_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
+    """What blocks are multiplied in: float32 for float16, which torch multiplies up to a hundred
+    times as slowly on a CPU without float16 arithmetic."""
+    dtype = reference.compute_dtype(x, scale)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def blocked_linear(
@@ -119,20 +144,16 @@ def blocked_linear(
     bias: Tensor | None = None,
     act_pre_scale: Tensor | None = None,
     offset_binary: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`reference.linear`, dequantising one block of weight rows at a time."""
-    dtype = reference.compute_dtype(x, scale)
+    """:func:`reference.linear`, dequantising one block of weight rows at a time, to ``dtype``."""
+    dtype = dtype or _product_dtype(x, scale)
     xc = reference.pre_scaled(x, act_pre_scale).to(dtype)
     y = x.new_empty((x.shape[0], qdata.shape[0]))
-    for rows in _row_blocks(qdata.shape[0], x.shape[1]):
-        w = _dequantized_rows(rows, qdata, scale, zero_point, group_size, dtype, offset_binary)
+    weight = qdata, scale, zero_point, group_size, offset_binary
+    for rows, w in _dequantized_blocks(dtype, *weight):
         y[:, rows] = F.linear(xc, w, None if bias is None else bias[rows].to(dtype))
     return y
-
-
-def _dequantized_rows(rows: slice, qdata, scale, zero_point, *rest) -> Tensor:
-    zero_point = None if zero_point is None else zero_point[:, rows]
-    return dequantize(qdata[rows], scale[:, rows], zero_point, *rest)
 
 
 def blocked_grad_input(
@@ -144,11 +165,11 @@ def blocked_grad_input(
     offset_binary: bool = False,
 ) -> Tensor:
     """:func:`reference.grad_input`, one block of weight rows at a time, summed in float32."""
-    dtype = reference.compute_dtype(grad, scale)
+    dtype = _product_dtype(grad, scale)
     K = 2 * qdata.shape[1]
     total = grad.new_zeros((grad.shape[0], K), dtype=torch.promote_types(dtype, torch.float32))
-    for rows in _row_blocks(qdata.shape[0], K):
-        w = _dequantized_rows(rows, qdata, scale, zero_point, group_size, dtype, offset_binary)
+    weight = qdata, scale, zero_point, group_size, offset_binary
+    for rows, w in _dequantized_blocks(dtype, *weight):
         total += grad[:, rows].to(dtype) @ w
     return total.to(grad.dtype)
 
@@ -184,19 +205,57 @@ def native_linear(
     act_pre_scale: Tensor | None = None,
     offset_binary: bool = False,
 ) -> Tensor:
-    """:func:`native_cpu.linear` on a weight of any strides."""
+    """:func:`native_cpu.linear` on a weight of any strides; NaN and Inf in ``x`` as in torch."""
     x = reference.pre_scaled(x, act_pre_scale)
-    rest = scale, zero_point, group_size, bias, offset_binary
-    return native_cpu.linear(x, _whole_rows(qdata), *rest)
+    weight = _whole_rows(qdata), scale, zero_point, group_size, bias
+
+    def by_blocks(rows: Tensor) -> Tensor:
+        return blocked_linear(rows, *weight, offset_binary=offset_binary)
+
+    return native_cpu.linear(x, *weight, offset_binary, out_of_range_rows=by_blocks)
 
 
-def _symmetric(run):
-    """An affine kernel as one on offset-binary weights without zero points, scales by row."""
+def native_linear_int8(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`reference.linear_int8` by the compiled kernel."""
+    weight = _whole_rows(qdata), scale, zero_point, group_size, bias
+    scaled = x.float() if act_pre_scale is None else x.float() * act_pre_scale.reshape(-1).float()
 
-    def symmetric(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-        return run(x, w_packed, w_scale.mT, None, group_size, offset_binary=True)
+    def by_reference(rows: Tensor) -> Tensor:
+        return reference.linear_int8(rows, *weight)
 
-    return symmetric
+    product = native_cpu.Product.INT8
+    y = native_cpu.linear(scaled, *weight, product=product, out_of_range_rows=by_reference)
+    return y.to(x.dtype)
+
+
+def native_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """:func:`reference.matmul_symmetric` by the compiled kernel."""
+    weight = _whole_rows(w_packed), w_scale.mT, None, group_size
+    return native_cpu.linear(x, *weight, offset_binary=True, product=native_cpu.Product.BF16)
+
+
+def blocked_matmul(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """:func:`reference.matmul_symmetric`, one block of weight rows at a time."""
+    weight = w_packed, w_scale.mT, None, group_size
+    return blocked_linear(x, *weight, offset_binary=True, dtype=torch.bfloat16)
+
+
+def native_matvec(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """:func:`reference.matvec_symmetric` by the compiled kernel."""
+    return native_linear(x, w_packed, w_scale.mT, None, group_size, offset_binary=True)
+
+
+def _dequantize_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    weight = w_packed, w_scale.mT, None, group_size
+    return _native_dequantize(*weight, torch.bfloat16, True)
 
 
 def _q4gsw(run):
@@ -214,44 +273,53 @@ def _q4gsw_grad(grad: Tensor, weights: Tensor, weight_scales: Tensor, group_size
     return blocked_grad_input(grad, *weight, offset_binary=True)
 
 
-def _native_unsupported(problem: Problem) -> str | None:
-    return _on_cpu(problem) or native_cpu.unsupported(
-        problem.M, problem.N, problem.K, problem.group_size, problem.dtype, problem.scale_dtype
-    )
+def _native_unsupported(
+    problem: Problem, product: native_cpu.Product = native_cpu.Product.EXACT
+) -> str | None:
+    weight = problem.N, problem.K, problem.group_size
+    dtypes = problem.dtype, problem.scale_dtype
+    return _on_cpu(problem) or native_cpu.unsupported(problem.M, *weight, *dtypes, product)
 
 
-def _announced_blocked_linear(x: Tensor, qdata: Tensor, *rest) -> Tensor:
-    if x.shape[0] <= native_cpu.DECODE_MAX_M and qdata.numel() >= _ANNOUNCE_BYTES:
-        problem = (x.shape[0], qdata.shape[0], x.shape[1], rest[2], x.dtype, rest[0].dtype)
-        _announce(native_cpu.unsupported(*problem) or "its kernel was not chosen")
-    return blocked_linear(x, qdata, *rest)
+def _int8_unsupported(problem: Problem) -> str | None:
+    in_float32 = dataclasses.replace(problem, dtype=torch.float32)
+    return _native_unsupported(in_float32, native_cpu.Product.INT8)
 
 
-@functools.cache
-def _announce(reason: str) -> None:
-    warnings.warn(
-        f"plain 4-bit weights run on a slow path on this CPU: {reason}; "
-        'int4_packing_format="cpu_packed" is faster here',
-        stacklevel=2,
-    )
+def _matmul_unsupported(problem: Problem) -> str | None:
+    return _native_unsupported(problem, native_cpu.Product.BF16)
 
 
-native = Kernel("cpu_native", KernelPreference.TORCH, _native_unsupported, native_linear)
-native_symmetric = Kernel(
-    "cpu_native", KernelPreference.TORCH, _native_unsupported, _symmetric(native_linear)
+def _blocks_slow(problem: Problem) -> str | None:
+    """Blocks cost little beside their product, unless torch has to unpack them."""
+    reason = _dequantize_unsupported(problem)
+    few_rows = dataclasses.replace(problem, M=1)
+    if reason and problem.op == "int4_linear" and packed_unsupported(few_rows) is None:
+        return f'{reason}; int4_packing_format="cpu_packed" is faster up to M = {_PACKED_MAX_M}'
+    return reason
+
+
+def _unpacking_slow(problem: Problem) -> str:
+    return f"{packed_unsupported(problem)}, which unpacks the weight at every call"
+
+
+def _torch_kernel(name: str, unsupported, run, slow=lambda problem: None) -> Kernel:
+    return Kernel(name, KernelPreference.TORCH, unsupported, run, slow)
+
+
+native = _torch_kernel("cpu_native", _native_unsupported, native_linear)
+native_int8 = _torch_kernel("cpu_native_w4a8", _int8_unsupported, native_linear_int8)
+native_symmetric = _torch_kernel("cpu_native", _matmul_unsupported, native_matmul)
+native_symmetric_matvec = _torch_kernel("cpu_native", _native_unsupported, native_matvec)
+native_q4gsw = _torch_kernel("cpu_native", _native_unsupported, _q4gsw(native_linear))
+native_dequantize = _torch_kernel("cpu_native", _dequantize_unsupported, _native_dequantize)
+native_symmetric_dequantize = _torch_kernel(
+    "cpu_native", _dequantize_unsupported, _dequantize_symmetric
 )
-blocked_symmetric = Kernel(
-    "cpu_blocked", KernelPreference.TORCH, _on_cpu, _symmetric(blocked_linear)
-)
-native_q4gsw = Kernel(
-    "cpu_native", KernelPreference.TORCH, _native_unsupported, _q4gsw(native_linear)
-)
-blocked_q4gsw = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _q4gsw(blocked_linear))
-blocked_q4gsw_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _q4gsw_grad)
-native_dequantize = Kernel(
-    "cpu_native", KernelPreference.TORCH, _dequantize_unsupported, _native_dequantize
-)
-blocked = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, _announced_blocked_linear)
-blocked_grad = Kernel("cpu_blocked", KernelPreference.TORCH, _on_cpu, blocked_grad_input)
-packed = Kernel("aten_int4pack", KernelPreference.TORCH, packed_unsupported, packed_linear)
-unpacking = Kernel("unpack_blocks", KernelPreference.TORCH, _on_cpu, unpacking_linear)
+blocked = _torch_kernel("cpu_blocked", _on_cpu, blocked_linear, _blocks_slow)
+blocked_symmetric = _torch_kernel("cpu_blocked", _on_cpu, blocked_matmul, _blocks_slow)
+blocked_q4gsw = _torch_kernel("cpu_blocked", _on_cpu, _q4gsw(blocked_linear), _blocks_slow)
+blocked_grad = _torch_kernel("cpu_blocked", _on_cpu, blocked_grad_input, _blocks_slow)
+blocked_q4gsw_grad = _torch_kernel("cpu_blocked", _on_cpu, _q4gsw_grad, _blocks_slow)
+packed = _torch_kernel("aten_int4pack", packed_unsupported, packed_linear)
+unpacking = _torch_kernel("unpack_blocks", _on_cpu, unpacking_linear, _unpacking_slow)

@@ -11,19 +11,23 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DECODE_MAX_M = 8
-"""Rows of ``x`` that the decode kernel takes; above, weights go through bf16 tiles (AMX)."""
+DECODE_MAX_M = {torch.bfloat16: 16, torch.float16: 256, torch.float32: 128}
+"""Rows of ``x`` up to which the decode kernel beats dequantising blocks for torch's own product."""
 TILES_MIN_M = 5
-"""Rows of a bfloat16 ``x`` from which the tiles are faster, where the CPU has them."""
+"""Rows of a bfloat16 ``x`` from which bf16 tiles are faster, where the CPU has them (AMX)."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VNNI, _AMX, _BF16 = 1, 2, 4
 _ERRORS = {1: "this CPU lacks the instructions", 2: "out of memory"}
+_OUT_OF_RANGE = 3
+_RANGE = 2.0**120
+"""Fixed point holds smaller activations."""
 
 
 class Product(enum.IntEnum):
@@ -91,11 +95,12 @@ def unsupported(
         return reason
     if x_dtype not in _KINDS:
         return f"takes bfloat16, float16 and float32 activations, not {x_dtype}"
-    if M > DECODE_MAX_M and x_dtype != torch.bfloat16:
-        return f"rounds weights to bfloat16 above M = {DECODE_MAX_M}: not for {x_dtype}"
-    if M > DECODE_MAX_M and not _features() & _AMX:
-        return f"needs a CPU with AMX (amx-bf16) above M = {DECODE_MAX_M}"
-    return None
+    if product == Product.BF16 and x_dtype != torch.bfloat16:
+        return f"rounds weights to bfloat16 for bfloat16 activations, not {x_dtype}"
+    if M <= DECODE_MAX_M[x_dtype] or _uses_tiles(M, x_dtype, product):
+        return None
+    slower = f"slower than blocks above M = {DECODE_MAX_M[x_dtype]}"
+    return f"{slower} on a CPU without AMX" if x_dtype == torch.bfloat16 else slower
 
 
 @functools.cache
@@ -123,14 +128,14 @@ def linear(
     bias: Tensor | None = None,
     offset_binary: bool = False,
     product: Product = Product.EXACT,
-    out_dtype: torch.dtype | None = None,
+    out_of_range_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W[n, k] = q[n, k] * scale[g, n] + zero_point[g, n]``.
 
-    Two kernels. For few rows (``DECODE_MAX_M``) the weights stay integers and ``x`` becomes 16-bit
-    (float32: 24-bit) fixed point in blocks of eight; a NaN or Inf in ``x`` makes its row NaN.
-    For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``) weights are rounded once to
-    bfloat16. Both sum in float32, add the bias there and round once.
+    Two kernels. For few rows (``DECODE_MAX_M``) weights are read as they are stored and ``product``
+    says what is multiplied.
+    For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``, unless ``INT8``) weights are
+    rounded once to bfloat16. Both sum in float32, add the bias there and round once.
 
     Args:
         x: ``[M, K]``; any strides.
@@ -138,20 +143,28 @@ def linear(
         scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
         bias: ``[N]``.
         offset_binary: the nibbles of ``qdata`` are ``q + 8``.
+        out_of_range_rows: gives the results of the rows of ``x`` with a NaN, an Inf or a number
+            from 2^120 on, which fixed point (``EXACT``, ``INT8``) does not hold; without it they
+            are NaN.
 
     Returns:
         ``[M, N]`` in ``x.dtype``.
+
+    Raises:
+        ValueError, TypeError: parts that do not fit together, or what :func:`unsupported` says.
     """
     M, K = x.shape
     N = qdata.shape[0]
     _check_weight(qdata, scale, zero_point, group_size)
     if 2 * qdata.shape[1] != K:
         raise ValueError(f"x must have {2 * qdata.shape[1]} columns (two a byte of qdata), got {K}")
+    if product == Product.BF16 and zero_point is not None:
+        raise ValueError("zero_point must be None where weights are rounded to bfloat16")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape [{N}], got {list(bias.shape)}")
     if reason := unsupported(M, N, K, group_size, x.dtype, scale.dtype, product):
         raise ValueError(f"compiled CPU kernel: {reason}")
-    out = torch.empty((M, N), dtype=out_dtype or x.dtype)
+    out = torch.empty((M, N), dtype=x.dtype)
     if M == 0:
         return out
     if x.stride(1) != 1:
@@ -160,16 +173,17 @@ def linear(
         bias = bias.detach().to(torch.float32).contiguous()
     name = "int4q_gemm" if _uses_tiles(M, x.dtype, product) else "int4q_decode"
     weight = qdata, scale, zero_point
-    _call(name, x, *weight, bias, out, M, K, group_size, offset_binary, product)
+    in_range = _call(name, x, *weight, bias, out, M, K, group_size, offset_binary, product)
+    if not in_range and out_of_range_rows is not None:
+        rows = ~(x.abs() < _RANGE).all(dim=1)
+        out[rows] = out_of_range_rows(x[rows])
     return out
 
 
 def _uses_tiles(M: int, x_dtype: torch.dtype, product: Product) -> bool:
-    if product == Product.INT8:
+    if product == Product.INT8 or x_dtype != torch.bfloat16:
         return False
-    if M > DECODE_MAX_M:
-        return True
-    return M >= TILES_MIN_M and x_dtype == torch.bfloat16 and bool(_features() & _AMX)
+    return M >= TILES_MIN_M and bool(_features() & _AMX)
 
 
 def dequantize(
@@ -179,6 +193,7 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
     offset_binary: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``q * scale + zero_point`` in float32, rounded once to ``dtype``.
 
@@ -187,9 +202,13 @@ def dequantize(
         scale, zero_point: ``[n_groups, N]``, one dtype, any strides; no zero point is all 0.
         dtype: bfloat16, float16 or float32.
         offset_binary: the nibbles of ``qdata`` are ``q + 8``.
+        out: contiguous ``[N, K]`` of ``dtype`` to write to.
 
     Returns:
         ``[N, K]``.
+
+    Raises:
+        ValueError, TypeError: parts that do not fit together, or a weight the kernel cannot take.
     """
     N, K = qdata.shape[0], 2 * qdata.shape[1]
     _check_weight(qdata, scale, zero_point, group_size)
@@ -197,7 +216,10 @@ def dequantize(
         raise TypeError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     if reason := _weight_unsupported(N, K, group_size, scale.dtype):
         raise ValueError(f"compiled CPU kernel: {reason}")
-    out = torch.empty((N, K), dtype=dtype)
+    if out is None:
+        out = torch.empty((N, K), dtype=dtype)
+    elif out.dtype != dtype or out.shape != (N, K) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {dtype} [{N}, {K}], got {out.dtype} {out.shape}")
     weight = qdata, scale, zero_point
     _call("int4q_dequant", None, *weight, None, out, 0, K, group_size, offset_binary)
     return out
@@ -224,7 +246,8 @@ def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group
 
 def _call(
     name, x, qdata, scale, zero_point, bias, out, M, K, group_size, offset_binary, product=0
-) -> None:
+) -> bool:
+    """Run a kernel; whether all activations were in the range of fixed point."""
     lib, _ = load()
     status = getattr(lib, name)(
         _Args(
@@ -252,5 +275,6 @@ def _call(
             _features(),
         )
     )
-    if status:
-        raise RuntimeError(f"{name}: {_ERRORS.get(status, status)}")
+    if status in _ERRORS:
+        raise RuntimeError(f"{name}: {_ERRORS[status]}")
+    return status != _OUT_OF_RANGE

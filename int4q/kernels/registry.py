@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from int4q import errors
+
+
+class SlowKernelWarning(UserWarning):
+    """A large weight meets a kernel that is slower than the dense product it stands for."""
 
 
 class KernelPreference(str, enum.Enum):
@@ -66,18 +71,23 @@ class Kernel:
         backend: the preference that selects it.
         unsupported: ``problem -> reason`` why it cannot run, ``None`` where it can.
         run: the implementation; its arguments are the op's.
+        slow: ``problem -> reason`` why it takes a multiple of the time of the dense product,
+            ``None`` where it does not. Routing a large weight to it warns once for each reason.
     """
 
     name: str
     backend: KernelPreference
     unsupported: Callable[[Problem], str | None]
     run: Callable[..., torch.Tensor]
+    slow: Callable[[Problem], str | None] = lambda problem: None
 
     def __post_init__(self):
         if self.backend is KernelPreference.AUTO:
             raise errors.value("a kernel belongs to one backend", self.backend)
 
 
+SLOW_BYTES = 1 << 20
+"""Bytes of ``qdata`` (of one weight) from which a slow kernel is worth a warning."""
 _TABLES: dict[str, tuple[Kernel, ...]] = {}
 _PREFERENCE: ContextVar[KernelPreference] = ContextVar(
     "int4q_kernel_preference", default=KernelPreference.AUTO
@@ -122,8 +132,25 @@ def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUT
 
 @functools.lru_cache(maxsize=4096)
 def route(preference: KernelPreference, *facts) -> Kernel:
-    """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing."""
-    return choose(Problem(*facts), preference)
+    """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing.
+
+    Warns with :class:`SlowKernelWarning` where the kernel is slow for this problem.
+    """
+    problem = Problem(*facts)
+    kernel = choose(problem, preference)
+    reason = kernel.slow(problem)
+    if reason is not None and problem.M and problem.N * problem.K // 2 >= SLOW_BYTES:
+        _warn_slow(problem.op, kernel.name, problem.device, reason)
+    return kernel
+
+
+@functools.cache
+def _warn_slow(op: str, kernel: str, device: str, reason: str) -> None:
+    warnings.warn(
+        f"{op} runs on {device} by {kernel}, slower than a dense product: {reason}",
+        SlowKernelWarning,
+        stacklevel=2,
+    )
 
 
 def explain(problem: Problem) -> list[tuple[str, str, str | None]]:

@@ -6,6 +6,8 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 
 from __future__ import annotations
 
+import dataclasses
+
 from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
@@ -19,11 +21,22 @@ def _up_to_int8_rows(kernel: Kernel) -> Kernel:
             return f"int8 activations serve up to {INT8_MAX_M} rows; more run W4A16"
         return kernel.unsupported(problem)
 
-    return Kernel(kernel.name, kernel.backend, unsupported, kernel.run)
+    return dataclasses.replace(kernel, unsupported=unsupported)
 
 
 def _reference(run, name: str = "reference") -> Kernel:
-    return Kernel(name, KernelPreference.TORCH, lambda problem: None, run)
+    return Kernel(
+        name,
+        KernelPreference.TORCH,
+        lambda problem: None,
+        run,
+        lambda problem: "plain torch dequantises the whole weight at every call",
+    )
+
+
+def _one_by_one(run) -> Kernel:
+    """A stack's weights one after the other, each routed (and, where slow, named) by itself."""
+    return Kernel("one_by_one", KernelPreference.TORCH, lambda problem: None, run)
 
 
 W4A16 = (
@@ -46,6 +59,7 @@ register(
     "int4_plain_mm",
     _up_to_int8_rows(cuda.decode_int8),
     _up_to_int8_rows(cuda.triton_int8),
+    _up_to_int8_rows(cpu.native_int8),
     _up_to_int8_rows(_reference(reference.linear_int8, "reference_w4a8")),
     *W4A16,
 )
@@ -60,28 +74,27 @@ register(
 )
 
 # Stacks of weights. One weight after the other is the reference; each is routed as int4_linear is.
-ONE_BY_ONE = "one_by_one"
 register(
     "int4_bmm",
     cuda.decode_bmm,
     cuda.stream_bmm,
     cuda.bmm,
-    _reference(stack.bmm, ONE_BY_ONE),
+    _one_by_one(stack.bmm),
     fbgemm.rowwise_batched,
 )
-register("int4_bmm_backward", cuda.bmm_gradient, _reference(stack.bmm_backward, ONE_BY_ONE))
+register("int4_bmm_backward", cuda.bmm_gradient, _one_by_one(stack.bmm_backward))
 register(
     "int4_grouped_mm",
     cuda.decode_grouped,
     cuda.stream_grouped,
     cuda.grouped,
-    _reference(stack.grouped_mm, ONE_BY_ONE),
-    Kernel("fbgemm_" + ONE_BY_ONE, KernelPreference.FBGEMM, fbgemm.unsupported, stack.grouped_mm),
+    _one_by_one(stack.grouped_mm),
+    Kernel("fbgemm_one_by_one", KernelPreference.FBGEMM, fbgemm.unsupported, stack.grouped_mm),
 )
 register(
     "int4_grouped_mm_backward",
     cuda.grouped_gradient,
-    _reference(stack.grouped_mm_backward, ONE_BY_ONE),
+    _one_by_one(stack.grouped_mm_backward),
 )
 
 register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
@@ -101,12 +114,13 @@ register(
     "int4_matvec",
     cuda.symmetric_decode,
     cuda.symmetric_matvec,
-    cpu.native_symmetric,
+    cpu.native_symmetric_matvec,
     _reference(reference.matvec_symmetric),
 )
 register(
     "dequant_w4_to_bf16",
     cuda.symmetric_dequantize,
+    cpu.native_symmetric_dequantize,
     _reference(reference.dequantize_symmetric),
 )
 register(

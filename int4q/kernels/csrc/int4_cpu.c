@@ -12,7 +12,8 @@
  *                  PRODUCT_EXACT    weights as they are; x as 16 or 24 bit fixed point (VNNI)
  *                  PRODUCT_BF16     x bf16, weights rounded once to bf16; no zero points
  *                  PRODUCT_INT8     weights as they are; x as int8, a scale for 32 (VNNI)
- *                Sums are float32.
+ *                Sums are float32. INT4Q_OUT_OF_RANGE: done, and rows of x that fixed point cannot
+ *                hold (NaN, Inf, 2^120 and more) gave rows of NaN.
  * int4q_gemm     any M, x bf16: weights rounded once to bf16, float32 sums (AMX tiles)
  * int4q_dequant  rows of the weight as bf16, fp16 or fp32
  *
@@ -30,7 +31,7 @@
 
 enum { KIND_BF16 = 0, KIND_FP16 = 1, KIND_FP32 = 2 };
 enum { FEATURE_VNNI = 1, FEATURE_AMX = 2, FEATURE_BF16 = 4 };
-enum { INT4Q_OK = 0, INT4Q_UNSUPPORTED = 1, INT4Q_NO_MEMORY = 2 };
+enum { INT4Q_OK = 0, INT4Q_UNSUPPORTED = 1, INT4Q_NO_MEMORY = 2, INT4Q_OUT_OF_RANGE = 3 };
 enum { PRODUCT_EXACT = 0, PRODUCT_BF16 = 1, PRODUCT_INT8 = 2 };
 
 /* All a kernel reads and writes. Strides count elements (bytes for qdata). */
@@ -260,8 +261,9 @@ INLINE int64_t unit_bytes(int form) {
 typedef struct {
     int64_t m0, M, units, groups;
     int form;
-    uint8_t *units_x; /* [units][M][unit_bytes] */
-    float *group_sum; /* [M][groups]: sum of x over a group, which zero_point multiplies */
+    uint8_t *units_x;  /* [units][M][unit_bytes] */
+    float *group_sum;  /* [M][groups]: sum of x over a group, which zero_point multiplies */
+    int *out_of_range; /* set where fixed point met what it cannot hold */
 } turned_x;
 
 INLINE TARGET_VNNI __m512i max_of_four(__m512i v) {
@@ -303,14 +305,20 @@ INLINE TARGET_VNNI __m512i block_exponent(__m512i amax_bits, int bits) {
                             _mm512_set1_epi32(bits - 1));
 }
 
-/* 8 k a lane of four: their power of two d, and v. A block with NaN or Inf in it gets d = NaN, so
- * that every result it enters is NaN. */
+/* The lanes whose largest |x| fixed point does not hold: NaN, Inf, and 2^120 or more, where the sum
+ * q * x of a lane could leave the range of float before its scale brings it back. They get d = NaN,
+ * so that every result they enter is NaN. */
+INLINE TARGET_VNNI __mmask16 beyond_range(__m512i amax_bits) {
+    return _mm512_cmpge_epi32_mask(amax_bits, _mm512_set1_epi32((127 + 120) << 23));
+}
+
+/* 8 k in each four lanes: their power of two d, and v. */
 INLINE TARGET_VNNI __m512 to_fixed_point(__m512 even, __m512 odd, __m512i amax, int bits,
                                          __m512i *v_even, __m512i *v_odd) {
     const __m512i field = block_exponent(amax, bits);
     const __m512 inverse = _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254), field), 23));
-    const __mmask16 bad = _mm512_cmpge_epi32_mask(amax, _mm512_set1_epi32(0x7f800000));
+    const __mmask16 bad = beyond_range(amax);
     *v_even = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(even, inverse));
     *v_odd = _mm512_maskz_cvtps_epi32((__mmask16)~bad, _mm512_mul_ps(odd, inverse));
     return _mm512_castsi512_ps(
@@ -321,23 +329,19 @@ INLINE TARGET_VNNI __m512 to_fixed_point(__m512 even, __m512 odd, __m512i amax, 
 INLINE TARGET_VNNI __m512 to_int8(__m512 even, __m512 odd, __m512i amax, __m512i *v_even,
                                   __m512i *v_odd) {
     const __m512 limit = _mm512_set1_ps(127.0f), minus_limit = _mm512_set1_ps(-127.0f);
-    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(amax)));
-    const __m512 d = _mm512_div_ps(largest, limit);
-    /* Neither 0 nor Inf nor NaN: the comparison is ordered. */
-    const __mmask16 live =
-        _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_GT_OQ) &
-        _mm512_cmp_ps_mask(largest, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512i largest = _mm512_set1_epi32(_mm512_reduce_max_epi32(amax));
+    const __mmask16 bad = beyond_range(largest);
+    const __m512 d = _mm512_div_ps(_mm512_castsi512_ps(largest), limit);
+    const __mmask16 live = (__mmask16)~bad & _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_GT_OQ);
     const __m512 to_even = _mm512_maskz_div_ps(live, even, d);
     const __m512 to_odd = _mm512_maskz_div_ps(live, odd, d);
     *v_even = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(to_even, minus_limit), limit));
     *v_odd = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(to_odd, minus_limit), limit));
-    const __mmask16 finite =
-        _mm512_cmp_ps_mask(largest, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-    return _mm512_mask_mov_ps(_mm512_set1_ps(__builtin_nanf("")), finite, d);
+    return _mm512_mask_mov_ps(d, bad, _mm512_set1_ps(__builtin_nanf("")));
 }
 
-/* 32 k of x (even and odd ones) -> 16 byte of each limb, 4 lanes of offset and d; their sum, as far
- * as int8 activations have another one than x. */
+/* 32 k of x (even and odd ones) -> 16 byte of each limb, 4 lanes of offset and d. Their sum: of int8
+ * activations, which have another one than x, v * d; NaN where they are out of range. */
 INLINE TARGET_VNNI float turn_limbs(__m512 even, __m512 odd, int limbs, uint8_t *unit, int chunk) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     const __m512i abs_even = _mm512_and_si512(_mm512_castps_si512(even), magnitude);
@@ -370,6 +374,7 @@ INLINE TARGET_VNNI float turn_limbs(__m512 even, __m512 odd, int limbs, uint8_t 
     }
     _mm_storeu_si128(offset, every_fourth(_mm512_mullo_epi32(sum_of_four(sum), minus8)));
     _mm_storeu_si128(offset + 4, every_fourth(_mm512_castps_si512(d)));
+    if (_mm512_cmp_ps_mask(d, d, _CMP_UNORD_Q)) return __builtin_nanf("");
     if (limbs == X_INT8) return (float)_mm512_reduce_add_epi32(all) * _mm512_cvtss_f32(d);
     return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
@@ -433,7 +438,9 @@ static TARGET_VNNI void turn_span(const int4q_args *a, const turned_x *t, int64_
         const __mmask16 mask = k < a->K ? 0xffff : 0; /* K is a multiple of 32, the units' of 128 */
         const int64_t at = k < a->K ? (t->m0 + m) * a->x_stride + k : 0;
         uint8_t *to = t->units_x + (unit * t->M + m) * unit_bytes(t->form);
-        sum += turn_chunk(a, t->form, at, mask, to, (int)(k % UNIT_K) / 32);
+        const float of_chunk = turn_chunk(a, t->form, at, mask, to, (int)(k % UNIT_K) / 32);
+        if (__builtin_isnan(of_chunk)) __atomic_store_n(t->out_of_range, 1, __ATOMIC_RELAXED);
+        sum += of_chunk;
         if (mask && (k + 32) % a->group == 0) {
             t->group_sum[m * t->groups + k / a->group] = sum;
             sum = 0;
@@ -542,6 +549,12 @@ INLINE TARGET_VNNI void unpack_unsigned(__m512i w, __m512i flip, __m512i *even, 
     *odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), flip, low, XOR_THEN_AND);
 }
 
+/* Entry i: q of nibble i. */
+INLINE TARGET_VNNI __m512 q_of_nibbles(int64_t offset_binary) {
+    const __m512 halves = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return offset_binary ? _mm512_shuffle_f32x4(halves, halves, 0x4e) : halves;
+}
+
 typedef struct {
     const uint8_t *row[ROWS]; /* past N: the last row again */
     const float *scales, *zeros;
@@ -549,7 +562,7 @@ typedef struct {
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
     int unit_shift;      /* log2 of the units in a group */
     int64_t prefetch;    /* from a byte to the one that is needed some rows later */
-    int64_t offset_binary;
+    __m512 q;  /* of each nibble */
     char flip; /* what turns a byte of nibbles into offset binary */
 } weight_rows;
 
@@ -580,13 +593,6 @@ INLINE TARGET_VNNI void limbs_unit(const weight_rows *w, const uint8_t *const ro
                                 scale[r], acc[r * M + m]);
 }
 
-/* Entry i: the value of nibble i with this scale. */
-INLINE TARGET_VNNI __m512 scaled_nibbles(float scale, int64_t offset_binary) {
-    const __m512 halves = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 q = offset_binary ? _mm512_shuffle_f32x4(halves, halves, 0x4e) : halves;
-    return _mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST);
-}
-
 INLINE const float *scales_of_row(const weight_rows *w, const int quads, int64_t unit, int row) {
     if (quads) return w->scales + (unit * ROWS + row_slot(row)) * 4;
     return w->scales + (unit >> w->unit_shift) * ROWS + row;
@@ -615,11 +621,11 @@ INLINE TARGET_BF16 void bf16_unit(const weight_rows *w, const uint8_t *const row
         const uint8_t *at = row[r] + unit * 64;
         const float *scale = scales_of_row(w, quads, unit, first + r);
         const __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
-        __m512 value[4];
+        __m512 value[4]; /* of each nibble, with each of the unit's scales */
         __m512i table[2], weight[4];
         _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
         for (int i = 0; i < (quads ? 4 : 1); i++)
-            value[i] = scaled_nibbles(scale[i], w->offset_binary);
+            value[i] = _mm512_mul_ps(w->q, _mm512_set1_ps(scale[i]));
         table[0] = (__m512i)_mm512_cvtne2ps_pbh(value[quads ? 1 : 0], value[0]);
         table[1] = quads ? (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]) : table[0];
         weight[0] = look_up_bf16(nibbles, table, quads);
@@ -628,11 +634,18 @@ INLINE TARGET_BF16 void bf16_unit(const weight_rows *w, const uint8_t *const row
         weight[3] = look_up_bf16(_mm512_srli_epi16(nibbles, 12), table, quads);
         UNROLL
         for (int m = 0; m < M; m++) {
-            const __m512i *to = (const __m512i *)(x + m * unit_bytes(form));
+            const __m512i *from = (const __m512i *)(x + m * unit_bytes(form));
+            __m512bh x_row[4];
             UNROLL
-            for (int j = 0; j < 4; j++)
-                acc[r * M + m] = _mm512_dpbf16_ps(acc[r * M + m], (__m512bh)weight[j],
-                                                  (__m512bh)_mm512_load_si512(to + j));
+            for (int j = 0; j < 4; j++) x_row[j] = (__m512bh)_mm512_load_si512(from + j);
+            __m512 sum = acc[r * M + m];
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)weight[0], x_row[0]);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)weight[1], x_row[1]);
+            /* One row of x has too few sums to hide the latency of a chain of four. */
+            __m512 rest = M == 1 ? _mm512_setzero_ps() : sum;
+            rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[2], x_row[2]);
+            rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[3], x_row[3]);
+            acc[r * M + m] = M == 1 ? _mm512_add_ps(sum, rest) : rest;
         }
     }
 }
@@ -652,7 +665,7 @@ INLINE TARGET_VNNI void float_unit(const weight_rows *w, const uint8_t *const ro
         __m512 table[4];
         _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
         for (int i = 0; i < (quads ? 4 : 1); i++)
-            table[i] = through_bf16(scaled_nibbles(scale[i], w->offset_binary));
+            table[i] = through_bf16(_mm512_mul_ps(w->q, _mm512_set1_ps(scale[i])));
         for (int j = 0; j < 8; j++, nibbles = _mm512_srli_epi32(nibbles, 4)) {
             __m512 weight = _mm512_permutexvar_ps(nibbles, table[0]);
             for (int i = 1; i < (quads ? 4 : 1); i++)
@@ -790,7 +803,7 @@ static TARGET_VNNI void decode_blocks(const int4q_args *a, const all_x *x, range
                      .tail_mask = lanes(a->K % UNIT_K / 8),
                      .unit_shift = a->group > UNIT_K,
                      .prefetch = 4 * a->q_stride,
-                     .offset_binary = a->offset_binary,
+                     .q = q_of_nibbles(a->offset_binary),
                      .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
@@ -816,20 +829,54 @@ static TARGET_VNNI void decode_blocks(const int4q_args *a, const all_x *x, range
     }
 }
 
+/* Whether some element of a row is more than 2^bits times as large as the row's elements are in the
+ * (geometric) mean. Zeros do not count. */
+static TARGET_VNNI int has_outlier(const int4q_args *a, int64_t m, float bits) {
+    __m512i largest = _mm512_setzero_si512(), sum = largest, count = largest;
+    const __m512i one = _mm512_set1_epi32(1);
+    for (int64_t k = 0; k < a->K; k += 16) { /* K is a multiple of 32 */
+        const __m512i x =
+            _mm512_castps_si512(load_floats(a->x, a->x_kind, m * a->x_stride + k, 0xffff));
+        const __m512i field = _mm512_srli_epi32(_mm512_slli_epi32(x, 1), 24); /* the exponent */
+        largest = _mm512_max_epi32(largest, field);
+        sum = _mm512_add_epi32(sum, field);
+        count = _mm512_mask_add_epi32(count, _mm512_test_epi32_mask(field, field), count, one);
+    }
+    const float elements = (float)_mm512_reduce_add_epi32(count);
+    const float all = (float)_mm512_reduce_add_epi32(sum);
+    return elements * ((float)_mm512_reduce_max_epi32(largest) - bits) > all;
+}
+
+/* Limbs of fixed point for 16-bit x. Two leave an error of up to 2^-16 of the largest of eight
+ * elements. Beside one that is 2^r times as large as the rest, whose own weight may be 0, that is
+ * about 2^(r - 16) / sqrt(K) of the result, to compare with the result's rounding, 2^-9 (fp16:
+ * 2^-12). A third limb where it would show: from r = 6 + log2(K) / 2 (fp16: 3) on. */
+static int form_of_halves(const int4q_args *a) {
+    float bits = a->x_kind == KIND_BF16 ? 6 : 3;
+    for (int64_t k = a->K; k > 1; k /= 2) bits += 0.5f;
+    for (int64_t m = 0; m < a->M; m++)
+        if (has_outlier(a, m, bits)) return X_INT24;
+    return X_INT16;
+}
+
 /* How the products want x; 0 where they are not to be had. */
 static int form_of_x(const int4q_args *a) {
     if (a->product == PRODUCT_INT8) return X_INT8;
-    if (a->product == PRODUCT_EXACT) return a->x_kind == KIND_FP32 ? X_INT24 : X_INT16;
+    if (a->product == PRODUCT_EXACT) return a->x_kind == KIND_FP32 ? X_INT24 : form_of_halves(a);
     if (a->x_kind != KIND_BF16 || a->zero) return 0;
     return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
 }
 
 EXPORT int int4q_decode(const int4q_args *a) {
-    if (!has_feature(a, FEATURE_VNNI) || !form_of_x(a)) return INT4Q_UNSUPPORTED;
+    if (!has_feature(a, FEATURE_VNNI)) return INT4Q_UNSUPPORTED;
+    const int form = form_of_x(a);
+    if (!form) return INT4Q_UNSUPPORTED;
+    int out_of_range = 0;
     all_x x = {.whole = {.M = a->M,
                          .units = ceil_div(a->K, UNIT_K),
                          .groups = a->K / a->group,
-                         .form = form_of_x(a)},
+                         .form = form,
+                         .out_of_range = &out_of_range},
                .chunks = ceil_div(a->M, MAX_CHUNK_M)};
     turned_x *t = &x.whole;
     const int64_t blocks = ceil_div(a->N, ROWS), spans = ceil_div(a->K, SPAN_K);
@@ -858,7 +905,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
         decode_blocks(a, &x, share(blocks, part, parts), &params);
     }
     _mm_free(memory);
-    return INT4Q_OK;
+    return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
 }
 
 /* ---------------------------------------------------------------------------------------------
@@ -878,7 +925,9 @@ INLINE TARGET_VNNI void params_of_rows(const int4q_args *a, int64_t n0, int64_t 
 /* Entry i: the value of nibble i, q * scale + zero_point, the product rounded before the sum as in
  * the reference (the rounding variant keeps compilers from fusing the two). */
 INLINE TARGET_VNNI __m512 value_table(float scale, float zero, int64_t offset_binary) {
-    return _mm512_add_ps(scaled_nibbles(scale, offset_binary), _mm512_set1_ps(zero));
+    const __m512 q = q_of_nibbles(offset_binary);
+    return _mm512_add_ps(_mm512_mul_round_ps(q, _mm512_set1_ps(scale), NEAREST),
+                         _mm512_set1_ps(zero));
 }
 
 /* 16 bytes -> 32 table entries in the order of k. vpermw looks at 5 bits of each index; the fifth
