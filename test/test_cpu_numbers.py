@@ -144,6 +144,24 @@ def test_tiny_activations(dtype, size):
     assert ((native_cpu.linear(x, *parts).double() - golden).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("size", [2.0**120, 2.0**121, 2.0**122, 3e38])
+def test_huge_activations(dtype, size):
+    """A sum of ``q * x`` that leaves float32 where the scaled one does not is no Inf."""
+    parts, w = weight(33, 64)
+    parts[0][:, :4] = -0x78  # eight weights of -8
+    w = reference.dequantize(*parts[:2], parts[1] * 0, 32, torch.float64)
+    x = torch.randn(3, 64).to(dtype)
+    x[1, :4] = size
+    golden = x.double() @ w.T
+    y = cpu.native_linear(x, *parts)
+    assert y.isfinite().all()
+    # (Rows beyond the range meet weights rounded to their dtype.)
+    bound = 2 * ROUNDING[dtype] * (x.double().abs() @ w.abs().T)
+    bound += FIXED_POINT[dtype] * x.double().abs().amax(1, keepdim=True) * w.abs().sum(1)
+    assert ((y.double() - golden).abs() <= bound).all()
+
+
 def test_weights_and_activations_at_the_end_of_their_range():
     """float16 results saturate as in torch; bfloat16 sums of the largest weights stay finite."""
     parts, w = weight(8, 128)
@@ -252,3 +270,41 @@ def test_more_rows_than_a_chunk(M, dtype):
     y = native_cpu.linear(x, *parts)
     alone = torch.cat([native_cpu.linear(row, *parts) for row in x.split(1)])
     assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, torch.float64])
+def test_both_contractions_by_blocks(monkeypatch, dtype):
+    """Several blocks in one buffer, the last one shorter; float16 products run in float32."""
+    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", 20 * 256)
+    scale_dtype = FP32 if dtype == torch.float64 else dtype
+    qdata = torch.randint(-128, 128, (50, 128), dtype=torch.int8)
+    scale, zero = (torch.rand(4, 50) * 0.02).to(scale_dtype), torch.randn(4, 50).to(scale_dtype)
+    w = reference.dequantize(qdata, scale, zero, 64, torch.float64)
+    rounding = {BF16: 2.0**-7, FP16: 2.0**-10, FP32: 2.0**-21, torch.float64: 2.0**-50}[dtype]
+    for M in (1, 40):
+        x, grad = torch.randn(M, 256).to(dtype), torch.randn(M, 50).to(dtype)
+        y = cpu.blocked_linear(x, qdata, scale, zero, 64)
+        assert y.dtype == dtype
+        error, size = (y.double() - x.double() @ w.T).abs(), x.double().abs() @ w.abs().T
+        assert (error <= rounding * size).all()
+        back = cpu.blocked_grad_input(grad, qdata, scale, zero, 64)
+        assert back.dtype == dtype
+        error, size = (back.double() - grad.double() @ w).abs(), grad.double().abs() @ w.abs()
+        assert (error <= rounding * size).all()
+
+
+def test_float16_blocks_are_as_exact_as_their_result():
+    """Weights are not rounded to float16 on the way, and sums are float32."""
+    parts, w = weight(40, 256, 64)
+    x = torch.randn(300, 256).to(FP16)  # more rows than the decode kernel takes
+    golden = x.double() @ w.T
+    allowed = ROUNDING[FP16] * golden.abs() + 2.0**-20 * (x.double().abs() @ w.abs().T)
+    error = (cpu.blocked_linear(x, *parts).double() - golden).abs()
+    assert (error <= allowed + SUBNORMAL[FP16]).all()
+
+
+def test_dequant_w4_to_bf16_is_the_reference_bit_by_bit():
+    w_packed = torch.randint(-128, 128, (50, 160), dtype=torch.int8)
+    w_scale = (torch.rand(50, 10) + 0.1).to(BF16)
+    y = torch.ops.int4q.dequant_w4_to_bf16(w_packed, w_scale, 32)
+    assert torch.equal(y, reference.dequantize_symmetric(w_packed, w_scale, 32))

@@ -82,27 +82,17 @@ def _native_dequantize(qdata: Tensor, *rest) -> Tensor:
     return native_cpu.dequantize(_whole_rows(qdata), *rest)
 
 
-def dequantize(
+def _reference_dequantize(
     qdata: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
     group_size: int,
     dtype: torch.dtype,
-    offset_binary: bool = False,
-    out: Tensor | None = None,
+    offset_binary: bool,
 ) -> Tensor:
-    """:func:`reference.dequantize` for a 2-D weight, by the compiled kernel where it runs.
-
-    Without a zero point the weight is symmetric; ``offset_binary`` nibbles are ``q + 8``.
-    """
-    N, K = qdata.shape[0], 2 * qdata.shape[1]
-    problem = Problem("dequantize", "cpu", dtype, scale.dtype, 0, N, K, group_size)
-    if _dequantize_unsupported(problem) is None:
-        return _native_dequantize(qdata, scale, zero_point, group_size, dtype, offset_binary, out)
     qdata = offset_to_signed(qdata) if offset_binary else qdata
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    w = reference.dequantize(qdata, scale, zero_point, group_size, dtype)
-    return w if out is None else out.copy_(w)
+    return reference.dequantize(qdata, scale, zero_point, group_size, dtype)
 
 
 def _row_blocks(N: int, K: int) -> list[slice]:
@@ -118,14 +108,23 @@ def _dequantized_blocks(
     group_size: int,
     offset_binary: bool,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``(rows, their weights)``, block by block; the weights lie in one buffer that all share."""
-    blocks = _row_blocks(qdata.shape[0], 2 * qdata.shape[1])
-    largest = blocks[0].stop if blocks else 0
-    buffer = qdata.new_empty((largest, 2 * qdata.shape[1]), dtype=dtype)
+    """``(rows, their weights in dtype)``, block by block.
+
+    The compiled kernel writes all of them to one buffer: a new one each costs more in page faults
+    than the kernel takes.
+    """
+    N, K = qdata.shape[0], 2 * qdata.shape[1]
+    problem = Problem("dequantize", "cpu", dtype, scale.dtype, 0, N, K, group_size)
+    native = _dequantize_unsupported(problem) is None
+    blocks = _row_blocks(N, K)
+    buffer = torch.empty((blocks[0].stop, K), dtype=dtype) if native else None
     for rows in blocks:
         part = qdata[rows], scale[:, rows], None if zero_point is None else zero_point[:, rows]
-        out = buffer[: rows.stop - rows.start]
-        yield rows, dequantize(*part, group_size, dtype, offset_binary, out)
+        how = group_size, dtype, offset_binary
+        if native:
+            yield rows, _native_dequantize(*part, *how, buffer[: rows.stop - rows.start])
+        else:
+            yield rows, _reference_dequantize(*part, *how)
 
 
 def _product_dtype(x: Tensor, scale: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VNNI, _AMX, _BF16 = 1, 2, 4
 _ERRORS = {1: "this CPU lacks the instructions", 2: "out of memory"}
 _OUT_OF_RANGE = 3
-_RANGE = 2.0**120
+_RANGE = 2.0**121
 """Fixed point holds smaller activations."""
 
 
@@ -144,7 +144,7 @@ def linear(
         bias: ``[N]``.
         offset_binary: the nibbles of ``qdata`` are ``q + 8``.
         out_of_range_rows: gives the results of the rows of ``x`` with a NaN, an Inf or a number
-            from 2^120 on, which fixed point (``EXACT``, ``INT8``) does not hold; without it they
+            from 2^121 on, which fixed point (``EXACT``, ``INT8``) does not hold; without it they
             are NaN.
 
     Returns:

@@ -13,7 +13,7 @@
  *                  PRODUCT_BF16     x bf16, weights rounded once to bf16; no zero points
  *                  PRODUCT_INT8     weights as they are; x as int8, a scale for 32 (VNNI)
  *                Sums are float32. INT4Q_OUT_OF_RANGE: done, and rows of x that fixed point cannot
- *                hold (NaN, Inf, 2^120 and more) gave rows of NaN.
+ *                hold (NaN, Inf, 2^121 and more) gave rows of NaN.
  * int4q_gemm     any M, x bf16: weights rounded once to bf16, float32 sums (AMX tiles)
  * int4q_dequant  rows of the weight as bf16, fp16 or fp32
  *
@@ -305,11 +305,11 @@ INLINE TARGET_VNNI __m512i block_exponent(__m512i amax_bits, int bits) {
                             _mm512_set1_epi32(bits - 1));
 }
 
-/* The lanes whose largest |x| fixed point does not hold: NaN, Inf, and 2^120 or more, where the sum
+/* The lanes whose largest |x| fixed point does not hold: NaN, Inf, and 2^121 or more, where the sum
  * q * x of a lane could leave the range of float before its scale brings it back. They get d = NaN,
  * so that every result they enter is NaN. */
 INLINE TARGET_VNNI __mmask16 beyond_range(__m512i amax_bits) {
-    return _mm512_cmpge_epi32_mask(amax_bits, _mm512_set1_epi32((127 + 120) << 23));
+    return _mm512_cmpge_epi32_mask(amax_bits, _mm512_set1_epi32((127 + 121) << 23));
 }
 
 /* 8 k in each four lanes: their power of two d, and v. */
