@@ -124,20 +124,38 @@ def test_a_kernel_table_validates_itself():
         dataclasses.replace(kernel, backend=KernelPreference.AUTO)
 
 
-def test_a_slow_path_is_announced_once(monkeypatch):
-    from int4q.kernels.cpu import entries as cpu
-    from int4q.kernels.cpu import native as native_cpu
+@pytest.fixture
+def fresh_routes():
+    registry.route.cache_clear()
+    registry._warn_slow.cache_clear()
+    yield
+    registry.route.cache_clear()
+    registry._warn_slow.cache_clear()
 
-    monkeypatch.setattr(native_cpu, "unsupported", lambda *problem: "not built")
-    monkeypatch.setattr(cpu, "_ANNOUNCE_BYTES", 1)
-    cpu._announce.cache_clear()
-    registry.route.cache_clear()
-    x = torch.randn(1, 128)
-    with pytest.warns(UserWarning, match="slow path on this CPU: not built.*cpu_packed"):
-        y = F.linear(x, PLAIN)
-    torch.testing.assert_close(y, x @ PLAIN.dequantize().T)
-    F.linear(x, PLAIN)  # warnings are errors here: a second one would fail
-    registry.route.cache_clear()
+
+def routed(**change):
+    return registry.route(KernelPreference.AUTO, *dataclasses.astuple(problem(**change)))
+
+
+@pytest.mark.parametrize("M", [1, 8, 64, 4096])
+@pytest.mark.parametrize("op", ["int4_linear", "int4_plain_mm", "int4_linear_backward"])
+def test_a_slow_kernel_is_named_once_for_each_cause(monkeypatch, fresh_routes, op, M):
+    monkeypatch.setattr("int4q.kernels.cpu.native.load", lambda: (None, "not built"))
+    cause = "plain torch" if op == "int4_plain_mm" and M <= 8 else "not built"
+    with pytest.warns(registry.SlowKernelWarning, match=f"^{op} runs on cpu by .*: .*{cause}"):
+        routed(op=op, M=M)
+    routed(op=op, M=M, N=8192)  # warnings are errors here: a second one would fail
+
+
+def test_a_slow_kernel_is_fine_for_a_small_weight(monkeypatch, fresh_routes):
+    monkeypatch.setattr("int4q.kernels.cpu.native.load", lambda: (None, "not built"))
+    assert routed(N=512, K=512).slow(problem()) is not None
+
+
+def test_the_way_out_of_a_slow_kernel_is_named(monkeypatch, fresh_routes):
+    monkeypatch.setattr("int4q.kernels.cpu.native.load", lambda: (None, "not built"))
+    with pytest.warns(registry.SlowKernelWarning, match='not built; .*"cpu_packed" is faster'):
+        routed(M=4)
 
 
 H200 = dict(device="cuda", capability=(9, 0))

@@ -192,7 +192,7 @@ def test_int8_kernels_serve_the_coalesced_layout_only():
     for op in ("int4_linear", "int4_plain_mm_w4a16"):
         assert not [k.name for k in registry.kernels(op) if "w4a8" in k.name]
     assert [k.name for k in registry.kernels("int4_plain_mm") if "w4a8" in k.name] == [
-        "cuda_decode_w4a8", "triton_w4a8", "reference_w4a8",
+        "cuda_decode_w4a8", "triton_w4a8", "cpu_native_w4a8", "reference_w4a8",
     ]  # fmt: skip
 
 

@@ -17,28 +17,24 @@ BLOCK_ELEMENTS = 1 << 20
 """A dequantised block fits in a core's L2 (2 MiB in bfloat16)."""
 
 
-def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """:func:`reference.dequantize` of a matrix, by the compiled kernel where it runs.
-
-    Args:
-        out: contiguous ``[N, K]`` of ``dtype`` to write to.
-    """
-    shape = 0, weight.N, weight.K, weight.group_size
-    problem = Problem("dequantize", "cpu", dtype, weight.scale.dtype, *shape)
-    if native.unsupported_dequantize(problem) is None:
-        return native.dequantize(weight, dtype, out)
-    w = reference.dequantize(weight, dtype)
-    return w if out is None else out.copy_(w)
-
-
 def _blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """``(rows, their weights)``, block by block; the weights lie in one buffer that all share."""
+    """``(rows, their weights in dtype)``, block by block.
+
+    The compiled kernel writes all of them to one buffer: a new one each costs more in page faults
+    than the kernel takes.
+    """
     N, K = weight.N, weight.K
+    facts = dtype, weight.scale.dtype, 0, N, K, weight.group_size
+    compiled = native.unsupported_dequantize(Problem("dequantize", "cpu", *facts)) is None
     step = max(1, BLOCK_ELEMENTS // max(K, 1))
-    buffer = weight.qdata.new_empty((min(step, N), K), dtype=dtype)
+    buffer = torch.empty((min(step, N), K), dtype=dtype) if compiled else None
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
-        yield rows, dequantize(weight.rows(rows), dtype, buffer[: rows.stop - start])
+        part = weight.rows(rows)
+        if compiled:
+            yield rows, native.dequantize(part, dtype, buffer[: rows.stop - start])
+        else:
+            yield rows, reference.dequantize(part, dtype)
 
 
 def _product_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
