@@ -164,7 +164,7 @@ def test_what_the_preset_takes_and_what_the_report_says(make):
     routers = {
         n for n, p in plain.named_parameters() if n.endswith(("gate.weight", "router.weight"))
     }
-    assert routers and left == routers | {"lm_head.weight"}
+    assert routers and left == routers | {"lm_head.weight", "model.embed_tokens.weight"}
     for name in EXPERTS_OF[make]:
         assert quantised.get_parameter(name).shape == plain.get_parameter(name).shape
         transposed = make in (gpt_oss, llama4)
@@ -186,8 +186,8 @@ def test_preset_arguments():
         moe_config(SMALL, linears=128)
     with pytest.raises(ValueError, match="contracted_dim must be -1, -2 or None, got 1"):
         moe_config(SMALL, contracted_dim=1)
-    experts, linears = moe_config(SMALL, contracted_dim=-2).fqn_to_config.values()
-    assert experts.contracted_dim == -2 and linears.contracted_dim is None
+    experts, linears, kept = moe_config(SMALL, contracted_dim=-2).fqn_to_config.values()
+    assert experts.contracted_dim == -2 and linears.contracted_dim is None and kept is None
 
 
 def test_a_plain_config_says_that_it_leaves_experts():
@@ -195,7 +195,10 @@ def test_a_plain_config_says_that_it_leaves_experts():
     with pytest.warns(Int4SkipWarning) as caught:
         quantize_(model, SMALL)
     (message,) = [str(w.message) for w in caught if "experts" in str(w.message)]
-    assert "model.layers.0.mlp.experts.gate_up_proj (and 3 more) is left as it is" in message
+    assert (
+        "model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2) "
+        "are left alone: a stack of experts" in message
+    )
     assert "int4q.moe_config()" in message
     skipped = {w.name: w.reason for w in int4q.summary(model, show=False).skipped}
     assert all("int4q.moe_config()" in skipped[n] for n in EXPERTS_OF[mixtral])
