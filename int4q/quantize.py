@@ -51,10 +51,11 @@ def quantize_(
     Tied weights stay tied: one 4-bit parameter that all of them share. Whatever chose them, weights
     being trained among frozen ones and those of adapters (LoRA and what else peft has) stay as they
     are, as do weights that are computed from others (parametrizations, ``weight_norm``, pruning).
-    What is left alone is named in an :class:`Int4SkipWarning`, one a reason: by default that is every
-    other matrix (embeddings, convolutions, experts, ...), otherwise what the choice includes. A
-    ``FqnToConfig`` with entries of ``None``, as :func:`int4q.moe_config` makes it, says of every
-    linear layer and stack of experts what becomes of it; one that it does not name is reported too.
+
+    What is left alone is named in an :class:`Int4SkipWarning`, one a reason. By default that is
+    every other matrix (embeddings, convolutions, experts, ...); with a filter or names, what the
+    choice includes; with a ``FqnToConfig`` that has entries of ``None``, as
+    :func:`int4q.moe_config` has, linear layers and experts that it does not name as well.
 
     Raises:
         ValueError: a weight holds NaN or Inf (the message names it).

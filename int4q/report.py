@@ -14,6 +14,7 @@ from int4q.coverage import is_matrix, reason_left
 from int4q.run import reasons
 from int4q.tensor.base import Int4TensorBase
 
+
 @dataclass(frozen=True)
 class Weight:
     """One parameter of the report.

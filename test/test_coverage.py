@@ -222,9 +222,7 @@ def test_a_shared_module_is_taken_once_and_silently():
 def test_other_configs_are_told_what_they_do_not_take():
     model = nn.Sequential(nn.Linear(64, 64), nn.MultiheadAttention(64, 4))
     (message,) = quantized(model, Int8WeightOnlyConfig())
-    assert message == (
-        "1.in_proj_weight is left alone: Int8WeightOnlyConfig takes nn.Linear only"
-    )
+    assert message == ("1.in_proj_weight is left alone: Int8WeightOnlyConfig takes nn.Linear only")
     assert type(model[0].weight) is not nn.Parameter
     assert type(model[1].out_proj.weight) is not nn.Parameter
 
@@ -542,7 +540,7 @@ def test_conv1d_is_quantised_along_its_input(layout, cls):
 def test_gpt2_is_quantised_whole():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0
+        vocab_size=96, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     messages = quantized(model)

@@ -12,8 +12,8 @@ Two ways to hold a weight ``[N, K]`` in groups of ``group_size`` along K, even k
 
 One is the other XOR 0x88 a byte (:func:`int4q.packing.signed_to_offset`).
 
-Raises (all of them): ``TypeError`` for a dtype that is not listed, ``ValueError`` for shapes, a group
-size or devices that do not fit together, or for a kernel preference that cannot be met.
+All raise ``TypeError`` for a dtype that is not listed, and ``ValueError`` for shapes, a group size or
+devices that do not fit together, or for a kernel preference that cannot be met.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def int4_linear(
     Returns:
         ``[.., N]`` in the dtype of x.
     """
-    return torch.ops.int4q.int4_linear(
-        x, qdata, scale, zero_point, group_size, bias, act_pre_scale
-    )
+    return torch.ops.int4q.int4_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
 
 
 def int4_bmm(

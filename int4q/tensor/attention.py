@@ -14,9 +14,9 @@ from int4q.tensor.base import Int4TensorBase
 
 _TORCHS = F.multi_head_attention_forward
 
-# Asked for a tensor subclass, torch's function runs itself with all handlers of subclasses off.
-# Its linear layers would be taken apart below them, where a batch of activations expands the weight.
-# The same code that does not ask leaves them to the weights.
+# Torch's function first asks for subclasses and hands itself to theirs, to be run with all their
+# handlers off: its linear layers would then come in parts, with the weight expanded to the batch.
+# The same code that does not ask leaves its linear layers to the weights.
 _multi_head_attention_forward = FunctionType(
     _TORCHS.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
