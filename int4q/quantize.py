@@ -156,8 +156,9 @@ def _report_untied(shared: list[list[Place]], run: Run) -> None:
     """Name the weights whose tied partner alone was chosen."""
     for held in shared:
         for module, name in held:
-            if (new := run.made.get(module._parameters[name])) is not None:
-                other = next(full_name(m, n) for m, n in held if m._parameters[n] is new)
+            w = module._parameters.get(name)
+            if w is not None and (new := run.made.get(w)) is not None:
+                other = next(full_name(m, n) for m, n in held if m._parameters.get(n) is new)
                 reason = f"tied to {other}, which was chosen alone: they are two weights now"
                 skip(module, name, reason)
 

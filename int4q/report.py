@@ -79,7 +79,10 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
     quantized, skipped, before, after = [], [], 0, 0
     seen: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        for name, t in _held(module):
+        own = {**module._parameters, **module._buffers}
+        for name, t in own.items():
+            if t is None:
+                continue
             full = f"{prefix}.{name}" if prefix else name
             first = seen.setdefault(id(t), full)
             weight = _weight(module, name, t, full, None if first == full else first)
@@ -87,24 +90,20 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
                 quantized.append(weight)
             elif weight.reason:
                 skipped.append(weight)
-            if weight.tied_to is None and (name in module._parameters or name in module._buffers):
+            if weight.tied_to is None:
                 before += weight.bytes_before
                 after += weight.bytes_after
+        for name in reasons(module).keys() - own.keys():  # computed weights: no memory of their own
+            full = f"{prefix}.{name}" if prefix else name
+            skipped.append(_weight(module, name, getattr(module, name), full))
     result = Summary(tuple(quantized), tuple(skipped), before, after)
     if show:
         _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
     return result
 
 
-def _held(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A module's own parameters and buffers, and computed weights that were to be quantised."""
-    held = {**module._parameters, **module._buffers}
-    held |= {name: getattr(module, name) for name in reasons(module) if name not in held}
-    return [(name, t) for name, t in held.items() if t is not None]
-
-
 def _weight(
-    module: nn.Module, name: str, t: torch.Tensor, full_name: str, tied_to: str | None
+    module: nn.Module, name: str, t: torch.Tensor, full_name: str, tied_to: str | None = None
 ) -> Weight:
     size = t.numel() * t.element_size()
     if isinstance(t, Int4TensorBase):
@@ -143,8 +142,9 @@ def _print(result: Summary, console: Console) -> None:
 
 
 def _headline(result: Summary) -> str:
+    quantized = sum(w.tied_to is None for w in result.quantized)
     return (
-        f"{len(result.quantized)} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "
+        f"{quantized} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "
         f"scales included), {len(result.skipped)} left; model {_size(result.bytes_before)} -> "
         f"{_size(result.bytes_after)}"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torchao.quantization
+from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
@@ -200,6 +201,15 @@ def test_an_explicit_choice_of_what_cannot_be_is_named_too(name, how):
     assert torch.equal(*first)
 
 
+def test_computed_weights_have_no_memory_and_no_ties():
+    """Each is made when it is asked for, perhaps where the one before has been."""
+    model = nn.Sequential(*(parametrized() for _ in range(5)))
+    quantized(model)
+    summary = int4q.summary(model, show=False)
+    assert all(w.tied_to is None for w in summary.skipped) and len(summary.skipped) == 10
+    assert summary.bytes_before == sum(4 * p.numel() for p in model.parameters())
+
+
 def test_many_weights_of_one_cause_make_one_line():
     blocks = [nn.ModuleDict({"a": nn.Linear(50, 8), "b": nn.Linear(50, 8)}) for _ in range(12)]
     model = nn.ModuleDict({"layers": nn.ModuleList(blocks), "x2": nn.Linear(50, 8)})
@@ -261,6 +271,10 @@ def test_tied_linears_stay_tied(choice, layout):
     assert state["0.weight"].data_ptr() == state["2.weight"].data_ptr()
     summary = int4q.summary(model, show=False)
     assert [w.tied_to for w in summary.quantized] == [None, None, "0.weight"]
+    console = Console(record=True, width=200, file=io.StringIO())
+    int4q.summary(model, console=console)
+    text = console.export_text()
+    assert "2 weights in 4 bits" in text and "2.weight (tied to 0.weight)" in text
     assert summary.bytes_before == 2 * 64 * 64 * 4
     assert summary.bytes_after == sum(p.nbytes for p in model.parameters())
     assert copy.deepcopy(model)[0].weight is not model[0].weight

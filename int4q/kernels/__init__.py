@@ -12,8 +12,8 @@ Two ways to hold a weight ``[N, K]`` in groups of ``group_size`` along K, even k
 
 One is the other XOR 0x88 a byte (:func:`int4q.packing.signed_to_offset`).
 
-All raise ``TypeError`` for a dtype that is not listed, and ``ValueError`` for shapes, a group size or
-devices that do not fit together, or for a kernel preference that cannot be met.
+All raise ``TypeError`` for a dtype that is not listed, and ``ValueError`` for shapes, a group size
+or devices that do not fit together, or for a kernel preference that cannot be met.
 """
 
 from __future__ import annotations
