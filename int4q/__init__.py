@@ -5,12 +5,13 @@ quantize_(model, Int4WeightOnlyConfig(version=2))
 """
 
 from int4q._version import __version__
-from int4q.config import Int4SkipWarning, Int4WeightOnlyConfig
+from int4q.config import Int4WeightOnlyConfig
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
 from int4q.quantize import quantize_
 from int4q.report import Summary, summary
+from int4q.run import Int4SkipWarning
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tuning import tune
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +10,11 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm, Int4PackingFormat
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.quantization.utils import recommended_inductor_config_setter
-from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry
+from int4q.coverage import chosen_parameters, contracted_dim, is_sliced, reason_to_skip
 from int4q.kernels import cpu
-from int4q.ops import SCALE_DTYPES
+from int4q.run import current_run, forget, full_name, say, skip
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tensor.base import Int4TensorBase
 
@@ -30,13 +26,6 @@ FORMATS: dict[str, type[Int4TensorBase] | None] = {
 }
 """``int4_packing_format`` -> class; ``"auto"`` is settled by the weight's device."""
 
-SKIPPED = "_int4q_skipped"
-"""Module attribute: parameter name -> why it was left as it is (:func:`int4q.summary` reads it)."""
-
-
-class Int4SkipWarning(UserWarning):
-    """A weight was left as it is; the message names it and says why."""
-
 
 @dataclass
 class Int4WeightOnlyConfig(AOBaseConfig):
@@ -44,8 +33,10 @@ class Int4WeightOnlyConfig(AOBaseConfig):
 
     Args:
         group_size: weights along the last dim that share a scale: 32, 64, 128 or 256.
-        set_inductor_config: let torchao set its recommended ``torch._inductor`` options (and
-            ``torch.set_float32_matmul_precision("high")``), as torchao's own config does.
+        set_inductor_config: set torchao's recommended ``torch._inductor`` options when a weight is
+            quantised, as torchao's own config does. They hold for the process and for every
+            ``torch.compile`` after; nothing that is not compiled changes, the precision of float32
+            matmuls (which older torchao sets as well) least of all. ``False`` leaves them alone.
         int4_packing_format: ``"plain"``, ``"cuda_coalesced"``, ``"cpu_packed"``, or ``"auto"``:
             the fastest of them for the device that the weight is on (``"cuda_coalesced"`` with
             ``activation_dtype=torch.int8``, which no other format has).
@@ -142,50 +133,10 @@ Int4WeightOnlyConfig.contracted_dim = _hidden("contracted_dim")
 # --- one weight ---------------------------------------------------------------------------------
 
 
-_TRANSPOSED = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
-"""Classes that hold experts as ``[E, in, out]`` and declare it nowhere."""
-
-
-def contracted_dim(module: nn.Module, w: torch.Tensor) -> int:
-    """The dim of a module's parameter that its matmul sums over: -1 or -2.
-
-    -2 for stacks of experts whose module says so: ``is_transposed`` of transformers' experts
-    (GPT-OSS, Aria), or a known class (Llama 4). Shapes are never looked at.
-    """
-    if w.ndim != 3:
-        return -1
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    transposed = getattr(module, "is_transposed", False) is True or name in _TRANSPOSED
-    return -2 if transposed else -1
-
-
-def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the stacks of matrices that a module holds itself, ``[E, .., ..]`` with E > 1.
-
-    A ``weight`` is none of them: that is a module's one weight, such as a convolution's.
-    """
-    return [
-        name
-        for name, p in module.named_parameters(recurse=False)
-        if p.ndim == 3 and p.shape[0] > 1 and name != "weight" and p.is_floating_point()
-    ]
-
-
-def reason_to_skip(w: torch.Tensor, group_size: int, dim: int = -1) -> str | None:
-    """Why ``w`` cannot be quantised in groups of ``group_size`` along ``dim``, or ``None``."""
-    if isinstance(w, TorchAOBaseTensor):
-        return f"it is quantised already ({type(w).__name__})"
-    if w.dtype not in SCALE_DTYPES:
-        return f"its dtype is {w.dtype}, not {errors.dtypes(SCALE_DTYPES)}"
-    if w.ndim not in (2, 3):
-        return f"it has {w.ndim} dims, not 2 or 3"
-    if w.shape[dim] % group_size:
-        return f"K = {w.shape[dim]} is not a multiple of group_size {group_size}"
-    return None
-
-
-def _packed_reason(w: torch.Tensor, dim: int = -1) -> str | None:
+def _packed_reason(w: torch.Tensor, dim: int = -1, sliced: bool = False) -> str | None:
     """Why ``w`` cannot take the CPU-packed layout, or ``None``."""
+    if sliced:
+        return "its module takes slices of it"
     if w.ndim != 2:
         return f"it has {w.ndim} dims, not 2"
     if dim != -1:
@@ -198,7 +149,10 @@ def _packed_reason(w: torch.Tensor, dim: int = -1) -> str | None:
 
 
 def fastest_layout(
-    w: torch.Tensor, activation_dtype: torch.dtype | None = None, dim: int = -1
+    w: torch.Tensor,
+    activation_dtype: torch.dtype | None = None,
+    dim: int = -1,
+    sliced: bool = False,
 ) -> type[Int4TensorBase]:
     """What ``"auto"`` means for ``w``.
 
@@ -209,26 +163,28 @@ def fastest_layout(
     """
     if activation_dtype == torch.int8:
         return CudaCoalescedInt4Tensor
-    packs = w.device.type == "cpu" and _packed_reason(w, dim) is None
+    packs = w.device.type == "cpu" and _packed_reason(w, dim, sliced) is None
     return CpuPackedInt4Tensor if packs and cpu.preferred_packing() == "aten" else Int4Tensor
 
 
 def quantize_tensor(
-    w: torch.Tensor, config: Int4WeightOnlyConfig, name: str, dim: int = -1
+    w: torch.Tensor,
+    config: Int4WeightOnlyConfig,
+    name: str,
+    dim: int = -1,
+    sliced: bool = False,
 ) -> Int4TensorBase:
     """``w`` in the layout that ``config`` asks for, of the same shape.
 
     Args:
         name: for messages.
         dim: along which groups run; -2 gives a tensor stored as ``[.., N, K]`` and transposed.
+        sliced: whether rows of it are used on their own, which not every layout can do.
     """
-    layout = FORMATS[config.int4_packing_format] or fastest_layout(w, config.activation_dtype, dim)
-    if layout is CpuPackedInt4Tensor and (reason := _packed_reason(w, dim)):
-        warnings.warn(
-            f"{name} is held in the plain layout, not cpu_packed: {reason}",
-            Int4SkipWarning,
-            stacklevel=2,
-        )
+    layout = FORMATS[config.int4_packing_format]
+    layout = layout or fastest_layout(w, config.activation_dtype, dim, sliced)
+    if layout is CpuPackedInt4Tensor and (reason := _packed_reason(w, dim, sliced)):
+        say(name, f"held in the plain layout, not cpu_packed: {reason}")
         layout = Int4Tensor
     block_size = [1] * (w.ndim - 1) + [config.group_size]
     algorithm = None if config._fp8 else config.int4_choose_qparams_algorithm.value
@@ -241,30 +197,12 @@ def quantize_tensor(
 
 # --- one module: what torchao's quantize_ calls ---------------------------------------------------
 
-_NAMES: ContextVar[dict[nn.Module, str] | None] = ContextVar("int4q_module_names", default=None)
 
-
-@contextmanager
-def named(model: nn.Module) -> Iterator[None]:
-    """Let messages within the ``with`` block give the names that modules have in ``model``."""
-    token = _NAMES.set({module: name for name, module in model.named_modules()})
-    try:
-        yield
-    finally:
-        _NAMES.reset(token)
-
-
-def full_name(module: nn.Module, parameter_name: str) -> str:
-    """The parameter's name in the model of :func:`named`."""
-    name = (_NAMES.get() or {}).get(module)
-    return f"{name}.{parameter_name}" if name else f"{parameter_name} of {module}"
-
-
-def skip(module: nn.Module, parameter_name: str, reason: str) -> None:
-    """Leave a parameter as it is: one warning, and the reason kept for :func:`int4q.summary`."""
-    module.__dict__.setdefault(SKIPPED, {})[parameter_name] = reason
-    message = f"{full_name(module, parameter_name)} is left as it is: {reason}"
-    warnings.warn(message, Int4SkipWarning, stacklevel=3)
+def _set_inductor_options() -> None:
+    """torchao's recommended options, without the float32 precision that some versions also set."""
+    precision = torch.get_float32_matmul_precision()
+    recommended_inductor_config_setter()
+    torch.set_float32_matmul_precision(precision)
 
 
 @register_quantize_module_handler(Int4WeightOnlyConfig)
@@ -272,15 +210,16 @@ def _quantize_module(
     module: nn.Module, config: Int4WeightOnlyConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
     if config.set_inductor_config:
-        recommended_inductor_config_setter()
-    if parameter_name == "weight" and not hasattr(module, "weight"):
-        names = expert_parameters(module)  # a module of experts, chosen by a filter or its name
-    else:
-        names = [parameter_name]
+        _set_inductor_options()
+    explicit = parameter_name != "weight"
+    names = [parameter_name] if explicit else chosen_parameters(module)
     if not names:
         raise errors.value("a module to quantise must have a weight or stacks of experts", module)
     for name in names:
         _quantize_parameter(module, config, name)
+    if isinstance(module, nn.MultiheadAttention) and not explicit:
+        # torchao looks for nothing inside a module that its filter took.
+        _quantize_parameter(module.out_proj, config, "weight")
     return module
 
 
@@ -288,10 +227,18 @@ def _quantize_parameter(module: nn.Module, config: Int4WeightOnlyConfig, name: s
     w = getattr(module, name, None)
     if not isinstance(w, torch.Tensor):
         raise errors.value(f"a module to quantise must have a parameter {name!r}", module)
-    dim = config.contracted_dim or contracted_dim(module, w)
-    if reason := reason_to_skip(w, config.group_size, dim):
-        skip(module, name, reason)
-        return
-    new = quantize_tensor(w.detach(), config, full_name(module, name), dim)
-    setattr(module, name, nn.Parameter(new, requires_grad=False))
-    module.__dict__.get(SKIPPED, {}).pop(name, None)
+    run = current_run()
+    new = run.made.get(w) if run else None
+    if new is None:
+        dim = config.contracted_dim or contracted_dim(module, w)
+        reason = run.protected.get(id(w)) if run else None
+        if reason := reason or reason_to_skip(module, name, config.group_size, dim):
+            skip(module, name, reason)
+            return
+        sliced = is_sliced(module, name)
+        new = quantize_tensor(w.detach(), config, full_name(module, name), dim, sliced)
+        new = nn.Parameter(new, requires_grad=False)
+        if run:
+            run.made[w] = new
+    setattr(module, name, new)
+    forget(module, name)

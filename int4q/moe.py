@@ -20,9 +20,17 @@ EXPERTS = r"re:(.*\.)?\w*experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[12
 LINEARS = (
     r"re:(.*\.)?"
     r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|w[qkvo]|"
-    r"gate_proj|up_proj|down_proj|gate_up_proj|input_linear|output_linear|w[123])\.weight"
+    r"gate_proj|up_proj|down_proj|gate_up_proj|input_linear|output_linear|w[123]|"
+    r"in_proj|in_proj_qkvz?|in_proj_z|out_proj)\.weight"
 )
-"""Weights of attention, of dense layers, of shared experts, and of experts that are modules."""
+"""Weights of attention, of linear attention and state-space layers (Qwen3-Next, Jamba), of dense
+layers, of shared experts, and of experts that are modules."""
+
+KEPT = (
+    r"re:(.*\.)?"
+    r"(gate|router(\.\w+)?|shared_expert_gate|lm_head|in_proj_(ba|a|b)|x_proj|dt_proj)\.weight"
+)
+"""Routers, the output head, and the small projections that set gates and decays of a state."""
 
 
 def moe_config(
@@ -35,15 +43,18 @@ def moe_config(
 
     Args:
         config: for the experts; ``Int4WeightOnlyConfig()`` by default.
-        linears: for the weights of attention, dense layers and shared experts: the experts'
-            config (``True``), another one, or none (``False``).
+        linears: for the weights of attention (linear attention and state-space layers too), dense
+            layers and shared experts: the experts' config (``True``), another one, or none
+            (``False``).
         contracted_dim: of the experts, see :class:`~int4q.Int4WeightOnlyConfig`. The default is
             right for every model of transformers.
 
     Returns:
-        A config for :func:`int4q.quantize_`, torchao's, or transformers' ``TorchAoConfig``. What
-        it does not name is left alone: routers (``gate``, ``router``), ``lm_head``, embeddings.
-        It is a dict of regular expressions (``.fqn_to_config``), to be read and changed.
+        A config for :func:`int4q.quantize_`, torchao's, or transformers' ``TorchAoConfig``: a dict
+        of regular expressions (``.fqn_to_config``), to be read and changed. ``None`` stands at
+        what is to stay: routers (``gate``, ``router``), ``lm_head``, the small projections of
+        a state (``in_proj_ba``, ``x_proj``, ``dt_proj``). A linear layer that it does not name
+        stays, too, and :func:`int4q.quantize_` says so.
 
     Raises:
         TypeError: ``config`` or ``linears`` is none of these.
@@ -56,6 +67,8 @@ def moe_config(
             raise errors.type_(f"{name} must be an Int4WeightOnlyConfig", given)
     experts = config if contracted_dim is None else replace(config, contracted_dim=contracted_dim)
     named = OrderedDict({EXPERTS: experts})
-    if linears is not False:
-        named[LINEARS] = config if linears is True else linears
+    if isinstance(linears, bool):
+        linears = config if linears else None
+    named[LINEARS] = linears
+    named[KEPT] = None
     return FqnToConfig(named)

@@ -18,6 +18,8 @@ from int4q.packing import pack_nibbles
 
 Q_MIN, Q_MAX = -8, 7
 LEVELS = Q_MAX - Q_MIN
+SMALLEST_RANGE = 1e-6
+"""What ``max - min`` of a group counts at least, so that constant groups have a scale."""
 # Working-set bound of one step of `quantize`, in weight elements (four float32 copies: 32 MiB).
 _CHUNK_ELEMENTS = 1 << 21
 
@@ -32,10 +34,12 @@ def minmax(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``q`` int8 ``[n, group_size]``, ``scale`` and ``zero_point`` float32 ``[n, 1]``:
         ``scale = max(max - min, 1e-6) / 15``, ``zero_point = min + 8 * scale``.
     """
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scale = (high - low).clamp(min=1e-6) / LEVELS
-    zero_point = low + scale * -Q_MIN
-    q = (groups - low).div_(scale).round_().clamp_(0, LEVELS)
+    # In halves, so that max - min of any finite weights is finite. Halving is exact where it shows:
+    # what a denormal loses is nothing beside the smallest scale.
+    low, high = (end * 0.5 for end in groups.aminmax(dim=-1, keepdim=True))
+    scale = (high - low).clamp(min=SMALLEST_RANGE / 2) / (LEVELS / 2)
+    zero_point = (low + scale * (-Q_MIN / 2)) * 2
+    q = torch.add(-low, groups, alpha=0.5).div_(scale * 0.5).round_().clamp_(0, LEVELS)
     return q.sub_(-Q_MIN).to(torch.int8), scale, zero_point
 
 
@@ -129,14 +133,38 @@ def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor
         q, s, z = ALGORITHMS[algorithm](groups)
         _check_finite(s)
         qdata[chunk] = pack_nibbles(q.view(-1, K))
-        scale[chunk] = s.view(-1, n_groups).to(w.dtype)
-        zero_point[chunk] = z.view(-1, n_groups).to(w.dtype)
+        s, z = _round(s, z, w.dtype)
+        scale[chunk] = s.view(-1, n_groups)
+        zero_point[chunk] = z.view(-1, n_groups)
     lead = w.shape[:-1]
     return (
         qdata.view(*lead, K // 2),
         scale.view(*lead, n_groups),
         zero_point.view(*lead, n_groups),
     )
+
+
+def _round(scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zero points in the weight's dtype, adjusted where rounding would spoil a group.
+
+    Two cases, which fbgemm leaves spoilt: float16 rounds the smallest scale and 8 times it
+    separately, so that a group of zeros would come back as 6e-8; and the ends of a group beside
+    the dtype's largest value may round to infinity (or ``8 * scale`` overflow on the way).
+    """
+    s, z = scale.to(dtype), zero_point.to(dtype)
+    smallest = torch.full_like(scale, SMALLEST_RANGE) / LEVELS
+    zeros = (scale <= smallest) & (zero_point == scale * -Q_MIN)
+    z = torch.where(zeros, s * -Q_MIN, z)
+    overflows = torch.zeros_like(zeros)
+    for q in (Q_MIN, Q_MAX):
+        overflows |= ~(s.float() * q + z.float()).to(dtype).isfinite()
+    info = torch.finfo(dtype)
+    limit = info.max * (1 - info.eps / 2)  # one step of the dtype below its largest value
+    fitting = s.float().clamp(max=limit / -Q_MIN)
+    s = torch.where(overflows, fitting.to(dtype), s)
+    fitting = s.float()
+    fitting = z.float().clamp(fitting * -Q_MIN - limit, limit - fitting * Q_MAX)
+    return s, torch.where(overflows, fitting.to(dtype), z)
 
 
 def _check_finite(per_group: Tensor) -> None:

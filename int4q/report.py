@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from int4q.config import SKIPPED
+from int4q.coverage import is_matrix, reason_left
+from int4q.run import reasons
 from int4q.tensor.base import Int4TensorBase
-
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Weight:
         group_size: of a 4-bit weight, else ``None``.
         bytes_before: at the weight's own dtype, unquantised.
         bytes_after: held now, scales and zero points included.
-        reason: why it was left as it is, ``None`` where it is quantised or never was asked to be.
+        reason: why it was left alone, ``None`` where it is quantised or no matrix.
+        tied_to: name of the parameter listed before that it shares its memory with.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Weight:
     bytes_before: int
     bytes_after: int
     reason: str | None = None
+    tied_to: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -50,8 +51,8 @@ class Summary:
 
     Attributes:
         quantized: the 4-bit weights.
-        skipped: linear weights (routers too), 3-D parameters (experts) and what a config named,
-            left as they were.
+        skipped: every other matrix or stack of them among the parameters, biases apart, and
+            computed weights that were to be quantised.
         bytes_before, bytes_after: of all parameters and buffers, shared ones once.
     """
 
@@ -76,41 +77,43 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
         console: where to; the standard output by default.
     """
     quantized, skipped, before, after = [], [], 0, 0
-    seen: set[int] = set()
+    seen: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        reasons = module.__dict__.get(SKIPPED, {})
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, t in own:
-            weight = _weight(f"{prefix}.{name}" if prefix else name, t, reasons.get(name))
+        own = {**module._parameters, **module._buffers}
+        for name, t in own.items():
+            if t is None:
+                continue
+            full = f"{prefix}.{name}" if prefix else name
+            first = seen.setdefault(id(t), full)
+            weight = _weight(module, name, t, full, None if first == full else first)
             if isinstance(t, Int4TensorBase):
                 quantized.append(weight)
-            elif name in reasons or _could_be_quantized(module, name, t):
+            elif weight.reason:
                 skipped.append(weight)
-            if id(t) not in seen:
-                seen.add(id(t))
+            if weight.tied_to is None:
                 before += weight.bytes_before
                 after += weight.bytes_after
+        for name in reasons(module).keys() - own.keys():  # computed weights: no memory of their own
+            full = f"{prefix}.{name}" if prefix else name
+            skipped.append(_weight(module, name, getattr(module, name), full))
     result = Summary(tuple(quantized), tuple(skipped), before, after)
     if show:
         _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
     return result
 
 
-def _could_be_quantized(module: nn.Module, name: str, t: torch.Tensor) -> bool:
-    """Weights of linear layers and routers, and stacks of them such as experts."""
-    if not isinstance(t, nn.Parameter):
-        return False
-    return t.ndim == 3 or (name == "weight" and t.ndim == 2 and not isinstance(module, _TABLES))
-
-
-def _weight(name: str, t: torch.Tensor, reason: str | None) -> Weight:
+def _weight(
+    module: nn.Module, name: str, t: torch.Tensor, full_name: str, tied_to: str | None = None
+) -> Weight:
     size = t.numel() * t.element_size()
     if isinstance(t, Int4TensorBase):
-        kind, group_size, after = type(t).__name__, t.group_size, t.nbytes
+        kind, group_size, after, reason = type(t).__name__, t.group_size, t.nbytes, None
     else:
         kind, group_size, after = str(t.dtype).removeprefix("torch."), None, size
-        reason = reason or "not selected"
-    return Weight(name, kind, tuple(t.shape), group_size, size, after, reason)
+        reason = reasons(module).get(name)
+        if reason is None and name in module._parameters and is_matrix(module, name, t):
+            reason = reason_left(module, name)
+    return Weight(full_name, kind, tuple(t.shape), group_size, size, after, reason, tied_to)
 
 
 def _print(result: Summary, console: Console) -> None:
@@ -122,7 +125,7 @@ def _print(result: Summary, console: Console) -> None:
             table.add_column(column, justify="right", no_wrap=True)
         for w in result.quantized:
             table.add_row(
-                w.name,
+                w.name if w.tied_to is None else f"{w.name} (tied to {w.tied_to})",
                 w.kind,
                 "x".join(map(str, w.shape)),
                 str(w.group_size),
@@ -132,14 +135,16 @@ def _print(result: Summary, console: Console) -> None:
             )
         console.print(table)
     for w in result.skipped:
+        tied = f", tied to {w.tied_to}" if w.tied_to else ""
         console.print(
-            f"left as {w.kind}: {w.name} [{_size(w.bytes_after)}], {w.reason}", markup=False
+            f"left as {w.kind}: {w.name} [{_size(w.bytes_after)}]{tied}, {w.reason}", markup=False
         )
 
 
 def _headline(result: Summary) -> str:
+    quantized = sum(w.tied_to is None for w in result.quantized)
     return (
-        f"{len(result.quantized)} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "
+        f"{quantized} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "
         f"scales included), {len(result.skipped)} left; model {_size(result.bytes_before)} -> "
         f"{_size(result.bytes_after)}"
     )

@@ -1,9 +1,9 @@
 """The config, its handler, the default filter, and the report."""
 
+import contextlib
 import json
 import subprocess
 import sys
-import warnings
 from collections import OrderedDict
 
 import pytest
@@ -123,9 +123,9 @@ def test_what_cannot_be_quantised_is_left_with_one_warning_each():
         quantize_(m, SMALL)
     messages = sorted(str(w.message) for w in caught)
     assert len(messages) == 3
-    assert "done.weight is left as it is: it is quantised already (Int4Tensor)" in messages[0]
-    assert "wide.weight is left as it is: its dtype is torch.float64" in messages[2]
-    assert "ragged.weight is left as it is: K = 50 is not a multiple" in messages[1]
+    assert "done.weight is left alone: quantised already (Int4Tensor)" in messages[0]
+    assert "wide.weight is left alone: dtype torch.float64 is not" in messages[2]
+    assert "ragged.weight is left alone: K = 50 is not a multiple" in messages[1]
     assert type(m["good"].weight) is Int4Tensor
     assert type(m["ragged"].weight) is nn.Parameter
 
@@ -164,7 +164,7 @@ def test_expert_parameters_quantise_by_name():
     assert left.name == "experts.router.weight"
     # A plain config does not reach 3-D parameters, and says so.
     m = nn.ModuleDict({"experts": Experts()})
-    with pytest.warns(Int4SkipWarning, match="experts.gate_up_proj is left as it is"):
+    with pytest.warns(Int4SkipWarning, match="experts.gate_up_proj is left alone"):
         quantize_(m, SMALL)
     (left,) = int4q.summary(m, show=False).skipped
     assert left.name == "experts.gate_up_proj" and "int4q.moe_config()" in left.reason
@@ -196,15 +196,21 @@ class TinyLM(nn.Module):
 def test_the_output_head_and_tied_embeddings_are_kept(tied):
     m = TinyLM(tied)
     reason = "tied to the embedding 'embed_tokens'" if tied else "the model's output head"
-    with pytest.warns(Int4SkipWarning, match=f"lm_head.weight is left as it is: .*{reason}"):
+    with pytest.warns(Int4SkipWarning) as caught:
         quantize_(m, SMALL)
+    head, table = sorted((str(w.message) for w in caught), reverse=True)
+    assert head.startswith(f"lm_head.weight is left alone: {reason}")
+    assert table == "embed_tokens.weight is left alone: not the weight of a linear layer"
     assert type(m.mlp.weight) is Int4Tensor and type(m.lm_head.weight) is nn.Parameter
     assert (m.lm_head.weight is m.embed_tokens.weight) == tied
-    (skipped,) = int4q.summary(m, show=False).skipped
-    assert skipped.name == "lm_head.weight" and reason in skipped.reason
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quantize_(TinyLM(tied), SMALL, filter_fn=lambda mod, name: name == "lm_head")
+    table, head = int4q.summary(m, show=False).skipped
+    assert head.name == "lm_head.weight" and reason in head.reason
+    assert table.name == "embed_tokens.weight" and table.tied_to is None
+    assert head.tied_to == ("embed_tokens.weight" if tied else None)
+    m = TinyLM(tied)
+    with pytest.warns(Int4SkipWarning) if tied else contextlib.nullcontext():
+        quantize_(m, SMALL, filter_fn=lambda mod, name: name == "lm_head")
+    assert type(m.lm_head.weight) is Int4Tensor
 
 
 @pytest.mark.slow
@@ -220,8 +226,11 @@ def test_a_real_transformers_model_keeps_its_head_and_generates():
         tie_word_embeddings=True,
     )
     m = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    with pytest.warns(Int4SkipWarning, match="lm_head.weight"):
+    with pytest.warns(Int4SkipWarning) as caught:
         quantize_(m, SMALL)
+    assert {str(w.message).split()[0] for w in caught} == {
+        "lm_head.weight", "model.embed_tokens.weight"
+    }  # fmt: skip
     assert len(int4q.summary(m, show=False).quantized) == 14
     ids = torch.arange(5)[None]
     out = m.generate(

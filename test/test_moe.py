@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import torchao.quantization
 from helpers import LAYOUTS
 from torch import nn
+from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig
 
 import int4q
@@ -164,7 +166,7 @@ def test_what_the_preset_takes_and_what_the_report_says(make):
     routers = {
         n for n, p in plain.named_parameters() if n.endswith(("gate.weight", "router.weight"))
     }
-    assert routers and left == routers | {"lm_head.weight"}
+    assert routers and left == routers | {"lm_head.weight", "model.embed_tokens.weight"}
     for name in EXPERTS_OF[make]:
         assert quantised.get_parameter(name).shape == plain.get_parameter(name).shape
         transposed = make in (gpt_oss, llama4)
@@ -179,6 +181,84 @@ def test_what_the_preset_takes_and_what_the_report_says(make):
     assert quantised.model.layers[0].self_attn.q_proj.weight.group_size == 64
 
 
+def qwen3_next():
+    config = transformers.Qwen3NextConfig(
+        **TINY | dict(num_hidden_layers=4), intermediate_size=64, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )  # fmt: skip
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+def jamba():
+    config = transformers.JambaConfig(
+        **TINY | dict(num_hidden_layers=4), intermediate_size=64, num_experts=4,
+        use_mamba_kernels=False, mamba_dt_rank=32, attn_layer_period=4, attn_layer_offset=3,
+        expert_layer_period=2, expert_layer_offset=1,
+    )  # fmt: skip
+    return transformers.JambaForCausalLM(config)
+
+
+STATES = {  # the projections of the layers that keep a state: in 4 bits, and not
+    qwen3_next: ("linear_attn", ("in_proj_qkvz", "out_proj"), ("in_proj_ba",)),
+    jamba: ("mamba", ("in_proj", "out_proj"), ("x_proj", "dt_proj")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", STATES)
+def test_layers_with_a_state(make):
+    quantised, plain = pair(make, moe_config(SMALL))
+    part, taken, kept = STATES[make]
+    layers = [n for n, _ in plain.named_modules() if n.endswith(part)]
+    assert layers
+    names = held(quantised)
+    for layer in layers:
+        assert all(f"{layer}.{name}.weight" in names for name in taken)
+        assert all(f"{layer}.{name}.weight" not in names for name in kept)
+    left = {
+        n.removesuffix(".weight").rpartition(".")[2]
+        for n, m in plain.named_modules()
+        if isinstance(m, nn.Linear) and f"{n}.weight" not in names
+    }
+    assert left <= {"lm_head", "gate", "router", "shared_expert_gate", *kept}
+    assert_close(logits(quantised), logits(plain), tolerance=3e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Config Deprecation. _default is deprecated")
+def test_a_linear_layer_that_the_preset_does_not_name_is_reported():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.gate = nn.Linear(64, 64), nn.Linear(64, 4)
+            self.experts, self.attention = Experts(), nn.MultiheadAttention(64, 4)
+            self.new_proj, self.table = nn.Linear(64, 64), nn.Embedding(9, 64)
+
+    for config, unnamed in (
+        (moe_config(SMALL), True),
+        (FqnToConfig({**moe_config(SMALL).fqn_to_config, "_default": SMALL}), False),
+    ):
+        model = nn.ModuleList([Block(), Block()])
+        with pytest.warns(Int4SkipWarning) as caught:
+            quantize_(model, config)
+        (message,) = [str(w.message) for w in caught]
+        assert "*.attention.in_proj_weight (2)" in message
+        assert ("*.new_proj.weight (2)" in message) == unnamed
+        assert message.endswith("are left alone: the config does not name it")
+        assert ("0.new_proj.weight" in held(model)) == (not unnamed)
+    # Names alone, without a word about the others, are a choice.
+    model = nn.ModuleList([Block()])
+    quantize_(model, FqnToConfig({r"re:.*q_proj.weight": SMALL}))
+    assert held(model) == {"0.q_proj.weight"}
+
+
+def test_the_preset_survives_json():
+    read = config_from_dict(json.loads(json.dumps(config_to_dict(moe_config(SMALL)))))
+    assert list(read.fqn_to_config) == list(moe_config(SMALL).fqn_to_config)
+    assert list(read.fqn_to_config.values())[-1] is None
+
+
 def test_preset_arguments():
     with pytest.raises(TypeError, match="config must be an Int4WeightOnlyConfig"):
         moe_config("plain")
@@ -186,8 +266,8 @@ def test_preset_arguments():
         moe_config(SMALL, linears=128)
     with pytest.raises(ValueError, match="contracted_dim must be -1, -2 or None, got 1"):
         moe_config(SMALL, contracted_dim=1)
-    experts, linears = moe_config(SMALL, contracted_dim=-2).fqn_to_config.values()
-    assert experts.contracted_dim == -2 and linears.contracted_dim is None
+    experts, linears, kept = moe_config(SMALL, contracted_dim=-2).fqn_to_config.values()
+    assert experts.contracted_dim == -2 and linears.contracted_dim is None and kept is None
 
 
 def test_a_plain_config_says_that_it_leaves_experts():
@@ -195,7 +275,10 @@ def test_a_plain_config_says_that_it_leaves_experts():
     with pytest.warns(Int4SkipWarning) as caught:
         quantize_(model, SMALL)
     (message,) = [str(w.message) for w in caught if "experts" in str(w.message)]
-    assert "model.layers.0.mlp.experts.gate_up_proj (and 3 more) is left as it is" in message
+    assert (
+        "model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2) "
+        "are left alone: a stack of experts" in message
+    )
     assert "int4q.moe_config()" in message
     skipped = {w.name: w.reason for w in int4q.summary(model, show=False).skipped}
     assert all("int4q.moe_config()" in skipped[n] for n in EXPERTS_OF[mixtral])

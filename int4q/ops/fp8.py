@@ -29,7 +29,8 @@ def _fp8_rows(x, act_pre_scale=None):
     _check_rows(x, act_pre_scale)
     flat = x.reshape(-1, x.shape[-1])
     values, rows = fp8.quantize_rows(flat, act_pre_scale, registry.preference())
-    return values.view(x.shape), rows.view(*x.shape[:-1], 1)
+    # Contiguous whatever the strides of x, as the fake says: elementwise torch keeps them.
+    return values.contiguous().view(x.shape), rows.contiguous().view(*x.shape[:-1], 1)
 
 
 def _fp8_rows_fake(x, act_pre_scale=None):

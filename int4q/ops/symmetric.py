@@ -1,6 +1,7 @@
 """Ops on symmetric weights in offset binary: ``value = (u - 8) * scale``.
 
-``w_packed`` int8 ``[N, K/2]`` (even k in the low nibble), ``w_scale`` ``[N, K/group_size]``.
+``w_packed`` int8 ``[N, K/2]`` (even k in the low nibble), ``w_scale`` bfloat16
+``[N, K/group_size]``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.kernels.weight import Weight
-from int4q.ops.define import SCALE_DTYPES, count_flops, define, kernel, run_2d
+from int4q.ops.define import count_flops, define, kernel, run_2d
 from int4q.packing import offset_to_signed
 
 _WEIGHT = "Tensor w_packed, Tensor w_scale, int group_size"
@@ -23,8 +24,12 @@ def _check_symmetric(w_packed: Tensor, w_scale: Tensor, group_size: int) -> None
     N, K = w_packed.shape[0], 2 * w_packed.shape[1]
     if group_size <= 0 or K % group_size:
         raise errors.value("group_size must be positive and divide K", f"{group_size} for K {K}")
-    if w_scale.dtype not in SCALE_DTYPES:
-        raise errors.type_(f"w_scale must be {errors.dtypes(SCALE_DTYPES)}", w_scale.dtype)
+    if w_scale.dtype != torch.bfloat16:
+        raise errors.type_(
+            "w_scale must be bfloat16",
+            w_scale.dtype,
+            "Call .bfloat16() on it, or use int4_linear, which takes float32 and float16 scales",
+        )
     if w_scale.shape != (N, K // group_size):
         raise errors.value(
             f"w_scale must have shape [N, n_groups] = {errors.dims((N, K // group_size))}",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import int4q
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, Int4WeightOnlyConfig, kernel_preference
@@ -115,6 +116,44 @@ def test_rows_scale_the_activation_first():
     got = torch.ops.int4q.fp8_rows(x, factor)
     expected = torch.ops.int4q.fp8_rows(x * factor.bfloat16())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def strided(kind):
+    whole = torch.randn(6, 8, 64)
+    return {
+        "contiguous": whole,
+        "matrix": whole[0],
+        "row": whole[0, 0],
+        "transposed": torch.randn(64, 5).t(),
+        "transposed stack": torch.randn(2, 64, 5).transpose(1, 2),
+        "transposed, one batch": torch.randn(1, 64, 5).transpose(1, 2),
+        "leading dims swapped": whole.transpose(0, 1),
+        "one row": torch.randn(64, 1).t(),
+        "every second": whole[..., ::2],
+        "cut": whole[:, 2:5, 8:40],
+        "expanded rows": whole[:1].expand(6, 8, 64),
+        "expanded columns": whole[..., :1].expand(6, 8, 64),
+        "no rows": whole[:0].transpose(0, 1),
+        "channels last": torch.randn(2, 3, 4, 64).to(memory_format=torch.channels_last),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", [
+    "contiguous", "matrix", "row", "transposed", "transposed stack", "transposed, one batch",
+    "leading dims swapped", "one row", "every second", "cut", "expanded rows", "expanded columns",
+    "no rows", "channels last",
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_rows_have_the_strides_of_real_ones(kind, dtype):
+    x = strided(kind).to(dtype)
+    real = torch.ops.int4q.fp8_rows(x)
+    with FakeTensorMode() as mode:
+        fake = torch.ops.int4q.fp8_rows(mode.from_tensor(x))
+    for got, expected in zip(fake, real, strict=True):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        assert got.stride() == expected.stride()
+    expected = torch.ops.int4q.fp8_rows(x.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(real, expected, strict=True))
 
 
 def test_op_errors():

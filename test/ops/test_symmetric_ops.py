@@ -108,7 +108,7 @@ BAD = {
     "group -1": ((X, W, S, -1), ValueError, "group_size must be positive"),
     "group 48": ((X, W, S, 48), ValueError, "divide K, got 48 for K 128"),
     "scale layout": ((X, W, S.mT, 32), ValueError, r"\[N, n_groups\] = \[8, 4\], got \[4, 8\]"),
-    "scale dtype": ((X, W, S.double(), 32), TypeError, "w_scale must be float32"),
+    "scale dtype": ((X, W, S.double(), 32), TypeError, "w_scale must be bfloat16"),
     "scale device": ((X, W, S.to("meta"), 32), ValueError, "w_scale must be on cpu"),
     "x dtype": ((X.float(), W, S, 32), TypeError, "x must be bfloat16, got torch.float32"),
     "x K": ((X[:, :64], W, S, 32), ValueError, "with K = 128"),
