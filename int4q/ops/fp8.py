@@ -7,6 +7,7 @@ import torch
 from int4q import errors
 from int4q.kernels import fp8, registry
 from int4q.kernels.reference import fp8_values_dtype
+from int4q.ops.autograd import linear_jvp
 from int4q.ops.define import ACTIVATION_DTYPES, WEIGHT, check_linear, count_flops, define, run_2d
 from int4q.ops.linear import linear_fake, linear_grad, save_linear
 
@@ -52,6 +53,14 @@ def _rows_grad(ctx, grad_values, grad_rows):
     return grad.to(ctx.dtype), None
 
 
+def _rows_jvp(inputs, tangents, output):
+    """As the gradient: all of the tangent in ``values``, none in ``rows``."""
+    (x, act_pre_scale), (tangent, _), (values, rows) = inputs, tangents, output
+    if act_pre_scale is not None:
+        tangent = tangent * act_pre_scale.reshape(-1)
+    return (tangent / rows).to(values.dtype), torch.zeros_like(rows)
+
+
 # --- int4_linear_fp8 ----------------------------------------------------------------------------
 
 
@@ -61,6 +70,11 @@ def _int4_linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre
     return run_2d("int4_linear_fp8", x, qdata, scale, group_size, *rest)
 
 
+def _linear_fp8_jvp(inputs, tangents, output):
+    """As the gradient: straight through the rounding of activations."""
+    return linear_jvp(torch.ops.int4q.int4_linear.default)(inputs, tangents, output)
+
+
 define(
     "fp8_rows(Tensor x, Tensor? act_pre_scale=None)",
     _fp8_rows,
@@ -68,6 +82,8 @@ define(
     _rows_grad,
     _save_rows,
     returns="(Tensor, Tensor)",
+    jvp=_rows_jvp,
+    any_lead=True,
 )
 define(
     f"int4_linear_fp8(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
@@ -75,5 +91,7 @@ define(
     linear_fake,
     linear_grad,
     save_linear,
+    jvp=_linear_fp8_jvp,
+    any_lead=True,
 )
 count_flops("int4_linear_fp8", -1)
