@@ -114,6 +114,7 @@ def _check_tangents(name: str, arguments, tangents) -> None:
 
 def _batching_rule(op, any_lead: bool) -> Callable:
     """``vmap``: more leading dims of the activation where nothing else is batched; else a loop."""
+
     def rule(info, in_dims, *args):
         x, *rest = args
         if any_lead and all(d is None for d in in_dims[1:]):

@@ -55,7 +55,7 @@ def _rows_grad(ctx, grad_values, grad_rows):
 
 def _rows_jvp(inputs, tangents, output):
     """As the gradient: all of the tangent in ``values``, none in ``rows``."""
-    (x, act_pre_scale), (tangent, _), (values, rows) = inputs, tangents, output
+    (_, act_pre_scale), (tangent, _), (values, rows) = inputs, tangents, output
     if act_pre_scale is not None:
         tangent = tangent * act_pre_scale.reshape(-1)
     return (tangent / rows).to(values.dtype), torch.zeros_like(rows)
