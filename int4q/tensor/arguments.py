@@ -52,6 +52,8 @@ def _call(handler: Callable, args, kwargs):
     result = handler(*args, **kwargs)
     if out is None:
         return result
+    if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
+        raise errors.value("out= takes no operand that requires a gradient", "one", "Drop out=")
     return torch.ops.aten.clone.out(_same_dtype(result, out), out=out)
 
 

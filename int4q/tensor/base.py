@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry, qparams
@@ -28,7 +28,16 @@ FLAT_BUFFERS = (
 )
 
 
-class Int4TensorBase(TorchAOBaseTensor):
+class _OneTensorIsAParameter(type(TorchAOBaseTensor)):
+    """``type(param)(tensor, requires_grad=...)``, as accelerate rebuilds the weights it moves."""
+
+    def __call__(cls, *args, **kwargs):
+        if args and isinstance(args[0], cls):
+            return nn.Parameter(args[0], requires_grad=False)
+        return super().__call__(*args, **kwargs)
+
+
+class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     """A 4-bit weight in some layout. Not made directly: see :class:`int4q.Int4Tensor`.
 
     The wrapper reports the logical shape, the dtype of its scales, and contiguous strides
