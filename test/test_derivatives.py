@@ -109,24 +109,19 @@ def grouped(x, w, offs):
     return torch.cat([x[start:end] @ w[e].T for e, (start, end) in enumerate(rows)])
 
 
-@pytest.mark.parametrize("case", LINEAR.keys() - {"vjp", "jacrev", "jacfwd"} | SMOOTH.keys())
+OF_A_BATCH = ("jvp", "dual level", "jvp by two backwards", "grad", "grad of grad")
+OF_THE_FIRST = ("jacfwd", "hessian", "reverse of forward", "forward of forward")
+
+
+@pytest.mark.parametrize("case", OF_A_BATCH + OF_THE_FIRST)
 def test_stacks(layout, case):
-    if "column" in case or "jacobian" in case or case in ("vmap", "vmap of vmap"):
-        pytest.skip("takes one row at a time, which a stack does not")
     t = layout.from_hp(torch.randn(3, N, K), [1, 1, 32], activation_dtype=torch.bfloat16)
     w, turned, offs = t.dequantize(), t.mT, torch.tensor([1, 1, 4], dtype=torch.int32)
-    call = (LINEAR | SMOOTH)[case]
-    x = torch.randn(1, 3, 2, K) if "[0]" not in case else None
-    first = {"hessian", "reverse of forward", "forward of forward", "hessian by autograd"}
-    batch = x if case in first or "per-sample" in case or "vmap" in case else x[0]
-    compare(call, lambda v: torch.bmm(v, t), lambda v: v @ w.mT, batch)
-    rows = torch.randn(1, 4, K) if batch is x else torch.randn(4, K)
-    compare(
-        call,
-        lambda v: torch._grouped_mm(v, turned, offs=offs),
-        lambda v: grouped(v, w, offs),
-        rows,
-    )
+    lead = (1,) if case in OF_THE_FIRST else ()
+    call, x, rows = (LINEAR | SMOOTH)[case], torch.randn(*lead, 3, 2, K), torch.randn(*lead, 4, K)
+    compare(call, lambda v: torch.bmm(v, t), lambda v: v @ w.mT, x)
+    product = torch._grouped_mm
+    compare(call, lambda v: product(v, turned, offs=offs), lambda v: grouped(v, w, offs), rows)
 
 
 def test_matmul_of_a_weight_turned_inside(layout):

@@ -20,8 +20,11 @@ from int4q import errors
 
 
 def in_forward_mode() -> bool:
-    """Whether a dual number may be among the operands (``torch.func.jvp`` opens a level too)."""
-    return forward_ad._current_level >= 0
+    """Whether an operand may carry a tangent at this level (a compiled ``torch.func.jvp`` opens
+    no level that Python knows of, but it is on top of the stack of transforms)."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return forward_ad._current_level >= 0 or (top is not None and top.key() == jvp)
 
 
 def register(
@@ -32,7 +35,7 @@ def register(
     Args:
         backward: ``(ctx, *grads)`` to a gradient, or None, for each argument of the schema.
         save: ``(ctx, inputs, output)``, what ``backward`` needs.
-        jvp: ``(inputs, tangents, output)`` to the tangent of the output; by default that of an op
+        jvp: ``(inputs, tangents)`` to the tangent of the output; by default that of an op
             linear in its first argument and its bias: the op itself on their tangents.
         any_lead: the first argument may have any leading dims, so ``vmap`` adds one.
     """
@@ -56,7 +59,7 @@ def register(
             inputs = inputs[:-1]
             save(ctx, inputs, output)
             ctx.set_materialize_grads(False)  # an operand without a tangent has None
-            ctx.dual = (inputs, output) if in_forward_mode() else None
+            ctx.inputs = inputs if in_forward_mode() else None
 
         @staticmethod
         def backward(ctx, *grads):
@@ -66,9 +69,9 @@ def register(
 
         @staticmethod
         def jvp(ctx, *tangents):
-            (inputs, output), ctx.dual = ctx.dual, None
+            inputs, ctx.inputs = ctx.inputs, None
             _check_tangents(name, arguments, tangents)
-            return jvp(inputs, tangents, output)
+            return jvp(inputs, tangents)
 
     Derivative.__name__ = f"{name}_derivative"
 
@@ -92,7 +95,7 @@ def linear_jvp(op) -> Callable:
     names = [a.name for a in op._schema.arguments]
     bias = names.index("bias") if "bias" in names else None
 
-    def jvp(inputs, tangents, output):
+    def jvp(inputs, tangents):
         x, *rest = inputs
         tangent = torch.zeros_like(x) if tangents[0] is None else tangents[0]
         if bias is not None:

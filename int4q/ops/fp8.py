@@ -53,9 +53,10 @@ def _rows_grad(ctx, grad_values, grad_rows):
     return grad.to(ctx.dtype), None
 
 
-def _rows_jvp(inputs, tangents, output):
+def _rows_jvp(inputs, tangents):
     """As the gradient: all of the tangent in ``values``, none in ``rows``."""
-    (_, act_pre_scale), (tangent, _), (values, rows) = inputs, tangents, output
+    values, rows = torch.ops.int4q.fp8_rows(*inputs)
+    tangent, act_pre_scale = tangents[0], inputs[1]
     if act_pre_scale is not None:
         tangent = tangent * act_pre_scale.reshape(-1)
     return (tangent / rows).to(values.dtype), torch.zeros_like(rows)
@@ -68,11 +69,6 @@ def _int4_linear_fp8(x, qdata, scale, zero_point, group_size, bias=None, act_pre
     check_linear(x, qdata, scale, zero_point, group_size, bias, act_pre_scale)
     rest = zero_point, group_size, bias, act_pre_scale
     return run_2d("int4_linear_fp8", x, qdata, scale, group_size, *rest)
-
-
-def _linear_fp8_jvp(inputs, tangents, output):
-    """As the gradient: straight through the rounding of activations."""
-    return linear_jvp(torch.ops.int4q.int4_linear.default)(inputs, tangents, output)
 
 
 define(
@@ -91,7 +87,7 @@ define(
     linear_fake,
     linear_grad,
     save_linear,
-    jvp=_linear_fp8_jvp,
+    jvp=linear_jvp(torch.ops.int4q.int4_linear.default),  # as the gradient: past the rounding
     any_lead=True,
 )
 count_flops("int4_linear_fp8", -1)

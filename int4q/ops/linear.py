@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from int4q import errors
 from int4q.kernels import reference
-from int4q.ops.autograd import in_forward_mode, linear_jvp
+from int4q.ops.autograd import linear_jvp
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -133,10 +134,10 @@ def _plain_mm_grad(ctx, grad):
     return *_grads(ctx, grad, (qdata, scale.mT, zero_point.mT), act_pre_scale), None
 
 
-def _plain_mm_jvp(inputs, tangents, output):
+def _plain_mm_jvp(inputs, tangents):
     """As the gradient: straight through the rounding of activations, so W4A16 on the tangent."""
     jvp = linear_jvp(torch.ops.int4q.int4_plain_mm.default)
-    return jvp((*inputs[:-1], False), tangents, output)
+    return jvp((*inputs[:-1], False), tangents)
 
 
 # --- the way in from a tensor ---
@@ -154,7 +155,7 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
             torch.is_grad_enabled()
             and (x.requires_grad or (bias is not None and bias.requires_grad))
         )
-        and not in_forward_mode()
+        and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
