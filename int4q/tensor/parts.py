@@ -106,7 +106,7 @@ def _pre_scale(value: Tensor | float, weight: Tensor) -> Tensor:
         raise errors.type_(rule, type(value).__name__)
     if not value.is_floating_point():
         raise errors.type_(rule, value.dtype)
-    if value.numel() not in (1, K) or value.shape[-1:] not in ((), (1,), (K,)):
+    if value.numel() != 1 and (value.numel() != K or value.shape[-1] != K):
         raise errors.value(rule, errors.dims(value.shape))
     if value.device != weight.device:
         raise errors.value(f"act_pre_scale must be on the device {weight.device}", value.device)
