@@ -17,7 +17,7 @@ def to_coalesced_(model: nn.Module, activation_dtype: torch.dtype | None = None)
 
     ``qdata`` is shared with the weight before, scales and zero points are turned once; one weight
     is converted at a time. Weights of every other layout go through plain, CPU-packed ones too.
-    Parameters that modules share stay shared; ``requires_grad`` and ``act_pre_scale`` are kept.
+    Parameters that modules share stay shared; ``act_pre_scale`` is kept.
     A weight that is coalesced already is left alone unless its ``activation_dtype`` changes.
 
     Args:
@@ -73,7 +73,7 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
         if new is old:
             continue
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new = nn.Parameter(new, requires_grad=False)
         for registry, name in shared:
             registry[name] = new
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from int4q.tensor.base import Int4TensorBase
-from int4q.tensor.compute_ops import grouped_mm
+from int4q.tensor.matmul_ops import grouped_mm
 
 NAME = "int4q"
 

@@ -60,6 +60,7 @@ define(
     _int4_cpu_packed_linear_fake,
     _cpu_packed_grad,
     _save_packed,
+    any_lead=True,
 )
 define("int4_cpu_unpack(Tensor qdata)", _int4_cpu_unpack, _int4_cpu_unpack_fake)
 count_flops("int4_cpu_packed_linear", -1)

@@ -12,6 +12,7 @@ from int4q import errors
 from int4q.kernels import registry
 from int4q.kernels import table as _table  # noqa: F401  (fills the registry)
 from int4q.kernels.weight import Weight
+from int4q.ops import autograd
 
 LIBRARY = torch.library.Library("int4q", "DEF")
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -20,14 +21,20 @@ WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
 """The parts of a weight in a schema."""
 
 
-def define(schema: str, run, fake, backward=None, save=None, returns="Tensor") -> None:
-    """One op: the same Python function on every device, its fake, and its gradient to ``x``."""
+def define(
+    schema: str, run, fake, backward=None, save=None, returns="Tensor", **derivatives
+) -> None:
+    """One op: the same Python function on every device, its fake, and its derivatives in ``x``.
+
+    ``backward``, ``save`` and ``derivatives`` are as :func:`int4q.ops.autograd.register` takes
+    them.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(f"{schema} -> {returns}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"int4q::{name}", backward, setup_context=save, lib=LIBRARY)
+        autograd.register(LIBRARY, name, backward, save, **derivatives)
 
 
 def count_flops(op: str, contracted_dim: int) -> None:

@@ -72,6 +72,16 @@ def _times(grad_x, act_pre_scale):
     return grad_x * act_pre_scale.reshape(-1).to(grad_x.dtype)
 
 
+def _save_bmm_backward(ctx, inputs, output):
+    _, *weight, ctx.group_size = inputs
+    ctx.save_for_backward(*weight)
+
+
+def _bmm_backward_grad(ctx, grad):
+    grad_grad = torch.ops.int4q.int4_bmm(grad, *ctx.saved_tensors, ctx.group_size)
+    return grad_grad, None, None, None, None
+
+
 # --- int4_grouped_mm: rows of x sorted by expert ------------------------------------------------
 
 
@@ -126,6 +136,17 @@ def _grouped_grad(ctx, grad):
     return _times(grad_x, act_pre_scale), None, None, None, None, None, None
 
 
+def _save_grouped_backward(ctx, inputs, output):
+    _, *weight, ctx.group_size, offs = inputs
+    ctx.save_for_backward(*weight, offs)
+
+
+def _grouped_backward_grad(ctx, grad):
+    *weight, offs = ctx.saved_tensors
+    grad_grad = torch.ops.int4q.int4_grouped_mm(grad, *weight, ctx.group_size, offs)
+    return grad_grad, None, None, None, None, None
+
+
 define(
     f"int4_bmm(Tensor x, {WEIGHT}, Tensor? act_pre_scale=None)",
     _int4_bmm,
@@ -133,7 +154,13 @@ define(
     _bmm_grad,
     _save_bmm,
 )
-define(f"int4_bmm_backward(Tensor grad, {WEIGHT})", _int4_bmm_backward, _int4_bmm_backward_fake)
+define(
+    f"int4_bmm_backward(Tensor grad, {WEIGHT})",
+    _int4_bmm_backward,
+    _int4_bmm_backward_fake,
+    _bmm_backward_grad,
+    _save_bmm_backward,
+)
 define(
     f"int4_grouped_mm(Tensor x, {WEIGHT}, Tensor offs, Tensor? act_pre_scale=None)",
     _int4_grouped_mm,
@@ -145,6 +172,8 @@ define(
     f"int4_grouped_mm_backward(Tensor grad, {WEIGHT}, Tensor offs)",
     _int4_grouped_mm_backward,
     _int4_grouped_mm_backward_fake,
+    _grouped_backward_grad,
+    _save_grouped_backward,
 )
 for _name in ("int4_bmm", "int4_grouped_mm"):
     count_flops(_name, -1)

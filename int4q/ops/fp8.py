@@ -8,6 +8,7 @@ from int4q import errors
 from int4q.kernels import fp8, registry
 from int4q.kernels.reference import fp8_values_dtype
 from int4q.kernels.weight import Weight
+from int4q.ops.autograd import linear_jvp
 from int4q.ops.define import ACTIVATION_DTYPES, WEIGHT, check_linear, count_flops, define, run_2d
 from int4q.ops.linear import linear_fake, linear_grad, save_linear
 
@@ -54,6 +55,15 @@ def _rows_grad(ctx, grad_values, grad_rows):
     return grad.to(ctx.dtype), None
 
 
+def _rows_jvp(inputs, tangents):
+    """As the gradient: all of the tangent in ``values``, none in ``rows``."""
+    values, rows = torch.ops.int4q.fp8_rows(*inputs)
+    tangent, act_pre_scale = tangents[0], inputs[1]
+    if act_pre_scale is not None:
+        tangent = tangent * act_pre_scale.reshape(-1)
+    return (tangent / rows).to(values.dtype), torch.zeros_like(rows)
+
+
 # --- int4_linear_fp8 ----------------------------------------------------------------------------
 
 
@@ -70,6 +80,8 @@ define(
     _rows_grad,
     _save_rows,
     returns="(Tensor, Tensor)",
+    jvp=_rows_jvp,
+    any_lead=True,
 )
 define(
     f"int4_linear_fp8(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None)",
@@ -77,5 +89,7 @@ define(
     linear_fake,
     linear_grad,
     save_linear,
+    jvp=linear_jvp(torch.ops.int4q.int4_linear.default),  # as the gradient: past the rounding
+    any_lead=True,
 )
 count_flops("int4_linear_fp8", -1)

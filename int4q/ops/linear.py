@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from int4q import errors
 from int4q.kernels import reference
 from int4q.kernels.weight import Weight
+from int4q.ops.autograd import linear_jvp
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -38,6 +40,17 @@ def _int4_linear_backward(grad, qdata, scale, zero_point, group_size):
 
 def _int4_linear_backward_fake(grad, qdata, scale, zero_point, group_size):
     return grad.new_empty((*grad.shape[:-1], 2 * qdata.shape[1]))
+
+
+def _save_linear_backward(ctx, inputs, output):
+    _, *weight, ctx.group_size = inputs
+    ctx.save_for_backward(*weight)
+
+
+def _linear_backward_grad(ctx, grad):
+    """The transpose of ``grad @ W`` is ``x @ W.T``: second derivatives come back to the forward."""
+    grad_grad = torch.ops.int4q.int4_linear(grad, *ctx.saved_tensors, ctx.group_size)
+    return grad_grad, None, None, None, None
 
 
 def save_linear(ctx, inputs, output):
@@ -121,6 +134,12 @@ def _plain_mm_grad(ctx, grad):
     return *_grads(ctx, grad, (qdata, scale.mT, zero_point.mT), act_pre_scale), None
 
 
+def _plain_mm_jvp(inputs, tangents):
+    """As the gradient: straight through the rounding of activations, so W4A16 on the tangent."""
+    jvp = linear_jvp(torch.ops.int4q.int4_plain_mm.default)
+    return jvp((*inputs[:-1], False), tangents)
+
+
 # --- the way in from a tensor ---
 
 
@@ -136,6 +155,7 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
             torch.is_grad_enabled()
             and (x.requires_grad or (bias is not None and bias.requires_grad))
         )
+        and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -184,11 +204,15 @@ define(
     linear_fake,
     linear_grad,
     save_linear,
+    any_lead=True,
 )
 define(
     f"int4_linear_backward(Tensor grad, {WEIGHT})",
     _int4_linear_backward,
     _int4_linear_backward_fake,
+    _linear_backward_grad,
+    _save_linear_backward,
+    any_lead=True,
 )
 define(
     f"int4_plain_mm(Tensor x, {WEIGHT}, Tensor? bias=None, Tensor? act_pre_scale=None, "
@@ -197,6 +221,8 @@ define(
     _int4_plain_mm_fake,
     _plain_mm_grad,
     _save_plain_mm,
+    jvp=_plain_mm_jvp,
+    any_lead=True,
 )
 for _op, _dim in (("int4_linear", -1), ("int4_linear_backward", -2), ("int4_plain_mm", -1)):
     count_flops(_op, _dim)

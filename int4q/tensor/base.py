@@ -2,18 +2,17 @@
 
 A layout is a class that says, in ``parts``, how each component is held: whether its last two
 storage dims are swapped, and how many logical elements one entry covers along the grouped dim.
-Every shape op (``shape_ops.py``) and every matmul (``compute_ops.py``) is written once against
-that description.
+Every shape op (``shape_ops.py``, ``view_ops.py``) and every matmul (``matmul_ops.py``) is written
+once against that description.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors, geometry, qparams
@@ -21,32 +20,25 @@ from int4q.kernels import reference
 from int4q.kernels.weight import Weight
 from int4q.ops import SCALE_DTYPES
 from int4q.ops.define import kernel
+from int4q.tensor.parts import ActPreScale, Part, check_parts
 
 _KEEP = object()
+FLAT_BUFFERS = (
+    "One flat buffer for all parameters cannot hold 4-bit weights: leave them out of it, for "
+    "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names)"
+)
 
 
-@dataclass(frozen=True)
-class Part:
-    """How a layout holds one component.
+class _OneTensorIsAParameter(type(TorchAOBaseTensor)):
+    """``type(param)(tensor, requires_grad=...)``, as accelerate rebuilds the weights it moves."""
 
-    Attributes:
-        swapped: the last two storage dims are exchanged (``[.., n_groups, N]``).
-        nibbles: one entry packs two values; otherwise one entry serves a whole group.
-    """
-
-    swapped: bool = False
-    nibbles: bool = False
-
-    def swap(self, t: Tensor) -> Tensor:
-        """Storage order <-> the order held; a view, and its own inverse."""
-        return t.transpose(-1, -2) if self.swapped and t.ndim > 1 else t
-
-    def unit(self, group_size: int) -> int:
-        """Logical elements one entry covers along the grouped dim."""
-        return geometry.NIBBLES_PER_BYTE if self.nibbles else group_size
+    def __call__(cls, *args, **kwargs):
+        if args and isinstance(args[0], cls):
+            return nn.Parameter(args[0], requires_grad=False)
+        return super().__call__(*args, **kwargs)
 
 
-class Int4TensorBase(TorchAOBaseTensor):
+class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     """A 4-bit weight in some layout. Not made directly: see :class:`int4q.Int4Tensor`.
 
     The wrapper reports the logical shape, the dtype of its scales, and contiguous strides
@@ -57,6 +49,7 @@ class Int4TensorBase(TorchAOBaseTensor):
     tensor_attribute_names = ["block_size", "shape"]
     optional_tensor_data_names = ["act_pre_scale"]
     optional_tensor_attribute_names = ["activation_dtype"]
+    act_pre_scale = ActPreScale()
 
     parts: ClassVar[dict[str, Part]]
     activation_dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -71,10 +64,10 @@ class Int4TensorBase(TorchAOBaseTensor):
         zero_point: Tensor,
         block_size: list[int],
         shape: Sequence[int],
-        act_pre_scale: Tensor | None = None,
+        act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
-        cls._check(qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype)
+        check_parts(cls, qdata, scale, zero_point, block_size, shape, activation_dtype)
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=scale.dtype, device=qdata.device, requires_grad=False
         )
@@ -86,7 +79,7 @@ class Int4TensorBase(TorchAOBaseTensor):
         zero_point: Tensor,
         block_size: list[int],
         shape: Sequence[int],
-        act_pre_scale: Tensor | None = None,
+        act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -107,71 +100,15 @@ class Int4TensorBase(TorchAOBaseTensor):
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():
             return _dispatch_in_inference_mode(cls, func, types, args, kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return cls._handler(func)(func, types, args, kwargs)
 
     @classmethod
-    def _check(
-        cls, qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype
-    ) -> None:
-        """Raise ``TypeError`` or ``ValueError`` unless the parts make one weight."""
-        if len(block_size) != len(shape):
-            raise errors.value(
-                f"block_size must have one entry for each of the {len(shape)} dims of shape",
-                list(block_size),
-            )
-        grouped = geometry.grouped_dim(block_size)
-        group_size = block_size[grouped]
-        storage = geometry.storage_shape(shape, grouped)
-        if storage[-1] % group_size:
-            raise errors.value(
-                f"the grouped dim {grouped} must be a multiple of group_size {group_size}",
-                storage[-1],
-            )
-        for name, part in (("qdata", qdata), ("scale", scale), ("zero_point", zero_point)):
-            cls._check_part(name, part, storage, group_size)
-            if part.device != qdata.device:
-                raise errors.value(f"{name} must be on qdata's device {qdata.device}", part.device)
-        if scale.dtype != zero_point.dtype:
-            raise errors.type_(
-                f"zero_point must have scale's dtype {scale.dtype}", zero_point.dtype
-            )
-        if act_pre_scale is not None and (
-            act_pre_scale.shape[-1:] != (storage[-1],) or act_pre_scale.numel() != storage[-1]
-        ):
-            raise errors.value(
-                f"act_pre_scale must have one entry for each of the {storage[-1]} in features",
-                errors.dims(act_pre_scale.shape),
-            )
-        if activation_dtype is not None and activation_dtype not in cls.activation_dtypes:
-            raise errors.value(
-                f"activation_dtype of {cls.__name__} must be "
-                f"{errors.dtypes(cls.activation_dtypes)}",
-                activation_dtype,
-            )
-
-    @classmethod
-    def _check_part(cls, name: str, t: Tensor, storage: list[int], group_size: int) -> None:
-        if not isinstance(t, Tensor):
-            raise errors.type_(f"{name} must be a tensor", type(t).__name__)
-        part = cls.parts[name]
-        allowed = (torch.int8,) if part.nibbles else SCALE_DTYPES
-        if t.dtype not in allowed:
-            raise errors.type_(f"{name} must be {errors.dtypes(allowed)}", t.dtype)
-        held = [*storage[:-1], storage[-1] // part.unit(group_size)]
-        expected = [*held[:-2], held[-1], held[-2]] if part.swapped and len(held) > 1 else held
-        if list(t.shape) == expected:
-            return
-        names = (
-            "[.., N, K/2]"
-            if part.nibbles
-            else ("[.., n_groups, N]" if part.swapped else "[.., N, n_groups]")
-        )
-        turned = t.ndim > 1 and [*t.shape[:-2], t.shape[-1], t.shape[-2]] == expected
-        raise errors.value(
-            f"{name} of {cls.__name__} must have shape {names} = {errors.dims(expected)}",
-            errors.dims(t.shape),
-            cls.other_layout_fix if turned and not part.nibbles else "",
-        )
+    def _handler(cls, func):
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is None:
+            fix = FLAT_BUFFERS if func.namespace == "c10d" else "Use .dequantize() first"
+            raise NotImplementedError(f"{func} is not implemented for {cls.__name__}. {fix}")
+        return handler
 
     # --- geometry ------------------------------------------------------------------------------
 
@@ -295,7 +232,7 @@ def _dispatch_in_inference_mode(cls, func, types, args, kwargs):
             return out
     outside = func.is_view and isinstance(args[0], Tensor) and not args[0].is_inference()
     with torch.inference_mode(not outside):
-        return super(Int4TensorBase, cls).__torch_dispatch__(func, types, args, kwargs)
+        return cls._handler(func)(func, types, args, kwargs)
 
 
 def _column(part: Tensor) -> Tensor:
@@ -330,13 +267,8 @@ def _checked_setstate(self: Int4TensorBase, state) -> None:
             f"a stored {type(self).__name__} must hold {self.tensor_data_names}",
             f"none of {missing}",
         )
-    type(self)._check(
-        *(getattr(self, name) for name in self.tensor_data_names),
-        self.block_size,
-        self.shape,
-        self.act_pre_scale,
-        self.activation_dtype,
-    )
+    parts = (getattr(self, name) for name in self.tensor_data_names)
+    check_parts(type(self), *parts, self.block_size, self.shape, self.activation_dtype)
     if self.dtype != self.scale.dtype or self.device != self.qdata.device:
         raise errors.value(
             "the stored header must agree with the parts "

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.ops import coalesced_linear
-from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
+from int4q.tensor.base import Int4TensorBase, quantize_weight
 from int4q.tensor.int4_tensor import Int4Tensor
+from int4q.tensor.parts import Part
 
 
 class CudaCoalescedInt4Tensor(Int4TensorBase):

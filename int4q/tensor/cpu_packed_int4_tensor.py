@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from int4q import errors, geometry
 from int4q.kernels import cpu
@@ -47,7 +48,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         block_size: list[int],
         shape: Sequence[int],
         packing: str,
-        act_pre_scale: Tensor | None = None,
+        act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
         cls._check_parts(qdata, scale_and_zero, block_size, shape, packing)
@@ -62,7 +63,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         block_size: list[int],
         shape: Sequence[int],
         packing: str,
-        act_pre_scale: Tensor | None = None,
+        act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
         self.qdata = qdata
@@ -195,4 +196,17 @@ def _repack(plain: Int4Tensor, is_param: bool) -> CpuPackedInt4Tensor:
     return packed
 
 
+def _as_held(t: CpuPackedInt4Tensor):
+    """To another process of this machine the parts go as they are, in shared memory."""
+    names, attributes = t.__tensor_flatten__()
+    parts = {name: getattr(t, name) for name in names}
+    return _from_held, (parts, attributes, getattr(t, "_is_param", False))
+
+
+def _from_held(parts, attributes, is_param: bool) -> CpuPackedInt4Tensor:
+    t = CpuPackedInt4Tensor(**parts, **attributes)
+    return nn.Parameter(t, requires_grad=False) if is_param else t
+
+
+ForkingPickler.register(CpuPackedInt4Tensor, _as_held)
 torch.serialization.add_safe_globals([CpuPackedInt4Tensor, _repack])

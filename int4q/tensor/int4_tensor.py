@@ -9,8 +9,14 @@ from torch import Tensor
 
 from int4q import errors, qparams
 from int4q.ops import linear_parts
-from int4q.tensor import compute_ops, shape_ops  # noqa: F401  (registered before subclasses)
-from int4q.tensor.base import Int4TensorBase, Part, quantize_weight
+from int4q.tensor import (  # noqa: F401  (registered before the subclasses)
+    matmul_ops,
+    shape_ops,
+    state_ops,
+    view_ops,
+)
+from int4q.tensor.base import Int4TensorBase, quantize_weight
+from int4q.tensor.parts import Part
 
 
 class Int4Tensor(Int4TensorBase):

@@ -1,4 +1,4 @@
-"""Every shape op, once, for all layouts: ``dequantize(op(t)) == op(dequantize(t))`` exactly.
+"""Slicing, permuting, joining, once, for all layouts: ``dequantize(op(t)) == op(dequantize(t))``.
 
 A handler maps the logical dim to the storage dim, checks that no group is cut, and calls the
 same aten op on each part. Slices and views alias the parts. What a grouped tensor cannot hold
@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from int4q import errors, geometry
-from int4q.tensor.base import Int4TensorBase
+from int4q.tensor.base import FLAT_BUFFERS, Int4TensorBase
 
 aten = torch.ops.aten
 implements = Int4TensorBase.implements
-implements_torch_function = Int4TensorBase.implements_torch_function
 
 _DEQUANTIZE = "Use .dequantize() first"
 
@@ -78,7 +77,14 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-@implements([aten.split.Tensor, aten.split_with_sizes.default])
+@implements(
+    [
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+    ]
+)
 def _(func, types, args, kwargs):
     self, sizes = args[0], args[1]
     dim = geometry.wrap_dim(args[2] if len(args) > 2 else kwargs.get("dim", 0), self.ndim)
@@ -198,123 +204,6 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-# --- adding and dropping dims of size 1 -----------------------------------------------------------
-
-
-@implements(aten.unsqueeze.default)
-def _(func, types, args, kwargs):
-    self, dim = args
-    dim = geometry.wrap_dim(dim, self.ndim + 1)
-    storage_dim = dim - (dim > self.grouped_dim)
-    shape, block_size = list(self.shape), list(self.block_size)
-    shape.insert(dim, 1)
-    block_size.insert(dim, 1)
-    out = self._rebuild(lambda c, unit: c.unsqueeze(storage_dim), shape, block_size)
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
-@implements([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
-def _(func, types, args, kwargs):
-    self = args[0]
-    dims = args[1] if len(args) > 1 else range(self.ndim)
-    dims = [dims] if isinstance(dims, int) else dims
-    out = self
-    for dim in sorted({geometry.wrap_dim(d, self.ndim) for d in dims}, reverse=True):
-        if self.shape[dim] == 1:
-            out = select_index(out, dim, 0)
-    return return_and_correct_aliasing(func, args, kwargs, aliased(out) if out is self else out)
-
-
-def aliased(self: Int4TensorBase):
-    """A new wrapper over the same parts."""
-    return self._rebuild(lambda c, unit: c, self.shape, self.block_size)
-
-
-# --- views ----------------------------------------------------------------------------------------
-
-
-def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
-    """``self`` with another shape that keeps every group whole.
-
-    Args:
-        size: the new shape; one entry may be -1.
-        reshape: copy where the parts cannot be viewed (the plain layout's scales under a merge
-            of leading dims); then every part is copied, so no half of the result aliases.
-
-    Raises:
-        ValueError: the shape would mix groups, or a view would have to copy.
-    """
-    grouped, group_size = self.grouped_dim, self.group_size
-    size, new_grouped = geometry.regroup(self.shape, size, grouped, group_size)
-    block_size = [1] * len(size)
-    block_size[new_grouped] = group_size
-    act_pre_scale = self.act_pre_scale
-    if act_pre_scale is not None and size[new_grouped] != self.shape[grouped]:
-        raise errors.value(
-            "a weight with act_pre_scale must keep its in features in one dim",
-            f"{errors.dims(self.shape)} -> {errors.dims(size)}",
-        )
-
-    def regrouped(c: Tensor, unit: int, copy: bool) -> Tensor:
-        sizes = [s // unit if d == new_grouped else s for d, s in enumerate(size)]
-        logical = c.movedim(-1, grouped)
-        new = logical.reshape(sizes) if copy else logical.view(sizes)
-        new = new.clone() if copy and new.data_ptr() == c.data_ptr() else new
-        return new.movedim(new_grouped, -1)
-
-    try:
-        return self._rebuild(lambda c, unit: regrouped(c, unit, False), size, block_size)
-    except RuntimeError as error:
-        if not reshape:
-            raise errors.value(
-                "a view must alias every part, and the scales of this layout cannot be viewed so",
-                f"{errors.dims(self.shape)} -> {errors.dims(size)}",
-                "Use .reshape(), which copies",
-            ) from error
-    return self._rebuild(lambda c, unit: regrouped(c, unit, True), size, block_size)
-
-
-@implements([aten.view.default, aten._unsafe_view.default])
-def _(func, types, args, kwargs):
-    out = view(*args)
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
-@implements(aten.reshape.default)
-def _(func, types, args, kwargs):
-    return view(*args, reshape=True)
-
-
-@implements_torch_function([torch.Tensor.reshape, torch.reshape])
-def _(func, types, args, kwargs):
-    self, *size = args
-    size = kwargs.get("shape", size)
-    size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    return view(self, size, reshape=True)
-
-
-@implements_torch_function([torch.Tensor.flatten, torch.flatten])
-def _(func, types, args, kwargs):
-    def flatten(self, start_dim=0, end_dim=-1):
-        start = geometry.wrap_dim(start_dim, self.ndim)
-        end = geometry.wrap_dim(end_dim, self.ndim)
-        if start > end:
-            raise errors.value("flatten() needs start_dim <= end_dim", f"{start} > {end}")
-        size = [*self.shape[:start], -1, *self.shape[end + 1 :]]
-        return view(self, size, reshape=True)
-
-    return flatten(*args, **kwargs)
-
-
-@implements_torch_function([torch.Tensor.unflatten, torch.unflatten])
-def _(func, types, args, kwargs):
-    def unflatten(self, dim, sizes):
-        dim = geometry.wrap_dim(dim, self.ndim)
-        return view(self, [*self.shape[:dim], *sizes, *self.shape[dim + 1 :]], reshape=True)
-
-    return unflatten(*args, **kwargs)
-
-
 # --- joining --------------------------------------------------------------------------------------
 
 
@@ -325,6 +214,7 @@ def _check_same(tensors: Sequence[Int4TensorBase]) -> None:
             raise errors.type_(
                 f"cat takes tensors of one class ({type(first).__name__})",
                 f"{type(t).__name__} at {i}",
+                f"Use .dequantize() first. {FLAT_BUFFERS}",
             )
         for what in ("block_size", "dtype", "activation_dtype", "ndim"):
             if getattr(t, what) != getattr(first, what):

@@ -97,7 +97,7 @@ class Messages(expecttest.TestCase):
 
     def test_act_pre_scale(self):
         self.check(
-            """ValueError: act_pre_scale must have one entry for each of the 128 in features, got [8]""",  # noqa: E501
+            """ValueError: act_pre_scale must be a number or a floating-point tensor of 1 or 128 (K) entries, got [8]""",  # noqa: E501
             act_pre_scale=torch.ones(8),
         )
 

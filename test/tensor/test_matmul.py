@@ -338,7 +338,7 @@ BAD = {
     "device": (lambda t: F.linear(torch.ones(2, 64, device="meta"), t), ValueError, "weight's device"),
     "bias": (lambda t: F.linear(torch.ones(2, 64), t, torch.ones(3)), ValueError, "bias must have shape \\[16\\]"),
     "quantised x": (lambda t: F.linear(t, t), TypeError, "takes a plain activation"),
-    "weight first": (lambda t: torch.matmul(t, torch.ones(64)), ValueError, "same number of dims, 2 or 3"),
+    "mm rank": (lambda t: torch.mm(torch.ones(2, 3, 64), t.t()), ValueError, "mm takes operands of 2 and 2 dims"),
     "two weights": (lambda t: torch.mm(t, t), TypeError, "plain activation"),
     "bmm rank": (lambda t: torch.bmm(torch.ones(1, 2, 64), t), ValueError, "bmm takes a 3-D weight"),
     "bmm batch": (lambda t: torch.bmm(torch.ones(2, 2, 64), t[None]), ValueError, "3-D with batch 1"),
