@@ -308,3 +308,30 @@ def test_dequant_w4_to_bf16_is_the_reference_bit_by_bit():
     w_scale = (torch.rand(50, 10) + 0.1).to(BF16)
     y = torch.ops.int4q.dequant_w4_to_bf16(w_packed, w_scale, 32)
     assert torch.equal(y, reference.dequantize_symmetric(w_packed, w_scale, 32))
+
+
+def test_what_float16_scales_cost():
+    """A group of zeros is one subnormal step; the widest group leaves float16, not float32."""
+    w = torch.zeros(2, 32, dtype=FP16)
+    w[1, ::2], w[1, 1::2] = -65504, 65504
+    t = Int4Tensor.from_hp(w, [1, 32])
+    assert torch.equal(t[:1].dequantize(), torch.full((1, 32), 2.0**-24).to(FP16))
+    assert t[1:].dequantize().isinf().all()
+    widest = t[1:].dequantize(FP32).abs()
+    assert (widest <= 65520).all() and torch.equal(t[1:].dequantize(BF16).abs(), widest.to(BF16))
+    for dtype in (BF16, FP32):
+        t = Int4Tensor.from_hp(w.to(dtype), [1, 32])
+        assert not t[:1].dequantize().any() and t.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, factor", [(BF16, 2.0**6), (FP16, 2.0**3)])
+def test_16_bit_activations_of_like_size_are_exact(dtype, factor):
+    """Integers times integers below 2^24, one rounding: no tolerance."""
+    parts, _ = weight(33, 256)
+    parts = parts[0], parts[1] * 0 + 1, None, 32
+    q = reference.dequantize(*parts[:2], parts[1] * 0, 32, torch.float64)
+    digits = {BF16: 7, FP16: 10}[dtype]
+    x = (2**digits + torch.randint(0, 2**digits, (8, 256))) * torch.tensor([1, -1]).repeat(128)
+    x = (x * torch.where(torch.rand(8, 256) < 0.5, 1.0, 1 / factor) * 2.0**-12).to(dtype)
+    y = native_cpu.linear(x.double().to(dtype), *parts)
+    assert torch.equal(y, (x.double() @ q.T).to(dtype))
