@@ -116,7 +116,7 @@ def _set_data(self, data):
         )
     with torch._C.DisableTorchFunctionSubclass():
         Tensor.data.__set__(self, data)  # shape, dtype and device
-    names, attributes = data.__tensor_flatten__()
+    _, attributes = data.__tensor_flatten__()
     for name in (*data.tensor_data_names, *data.optional_tensor_data_names, *attributes):
         if name != "shape":
             setattr(self, name, getattr(data, name))

@@ -12,6 +12,7 @@ import int4q
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, Int4WeightOnlyConfig, kernel_preference
 from int4q.kernels import fbgemm, fp8, reference, registry
 from int4q.kernels.registry import KernelPreference, Problem
+from int4q.kernels.weight import Weight
 
 FP8 = torch.float8_e4m3fn
 # ||y - reference|| / ||reference||: the W4A16 kernel's rounding of its result and the one after
@@ -25,7 +26,7 @@ def fp8_weight(*shape, dtype=torch.bfloat16, group=32):
 
 
 def parts(t):
-    return t.qdata, t.scale, t.zero_point, t.group_size
+    return Weight(t.qdata, t.scale, t.zero_point, t.group_size)
 
 
 def assert_close(got, expected, dtype):
@@ -182,7 +183,7 @@ def test_linear(dtype, M, group, extras):
     got = F.linear(x, t, bias)
     assert got.dtype == dtype and got.shape == (M, 40)
     if M:
-        assert_close(got, reference.linear_fp8(x, *parts(t), bias, t.act_pre_scale), dtype)
+        assert_close(got, reference.linear_fp8(x, parts(t), bias, t.act_pre_scale), dtype)
 
 
 def test_linear_is_close_to_the_unquantised_activation():
@@ -196,9 +197,9 @@ def test_linear_is_close_to_the_unquantised_activation():
 def test_linear_takes_zero_points_too():
     """Weights are made symmetric; the arithmetic does not depend on it."""
     t = Int4Tensor.from_hp(torch.randn(16, 128), [1, 32])
-    t = Int4Tensor(*parts(t)[:3], t.block_size, t.shape, activation_dtype=FP8)
+    t = Int4Tensor(parts(t)[:3], t.block_size, t.shape, activation_dtype=FP8)
     x = torch.randn(4, 128)
-    assert_close(F.linear(x, t), reference.linear_fp8(x, *parts(t)), torch.float32)
+    assert_close(F.linear(x, t), reference.linear_fp8(x, parts(t)), torch.float32)
 
 
 def test_leading_dims_and_views():
@@ -208,7 +209,7 @@ def test_leading_dims_and_views():
     assert torch.equal(F.linear(x, t[8:16]), F.linear(x, t)[..., 8:16])
     m = nn.Linear(64, 24)
     m.weight = nn.Parameter(t, requires_grad=False)
-    assert_close(m(x), reference.linear_fp8(x.reshape(6, 64), *parts(t), m.bias).view(2, 3, 24),
+    assert_close(m(x), reference.linear_fp8(x.reshape(6, 64), parts(t), m.bias).view(2, 3, 24),
                  torch.float32)  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def test_gradients_pass_straight_through(stack):
 
 def test_opcheck_with_a_scale_of_the_activation():
     x, t = torch.randn(3, 64, requires_grad=True), fp8_weight(8, 64, dtype=torch.float32)
-    args = (x, *parts(t), torch.randn(8), torch.rand(64) + 0.5)
+    args = (x, parts(t), torch.randn(8), torch.rand(64) + 0.5)
     torch.library.opcheck(torch.ops.int4q.int4_linear_fp8, args)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from int4q.bench import q4gsw_sweep as sweep
 from int4q.kernels import linear_q4gsw, reference
+from int4q.kernels.weight import Weight
 
 HEAVY = os.environ.get("INT4Q_HEAVY") == "1"
 ROWS = [
@@ -86,7 +87,7 @@ def test_the_plain_torch_op_agrees_with_the_golden(config):
     repeats = sweep.distinct_rows(config.M, config.K)
     x = sweep.ramp(repeats, config.K)
     parts = [
-        reference.linear_q4gsw(x, w, s, group_size)
+        reference.linear(x, Weight(w.view(torch.int8), s, None, group_size, signed=False))
         for w, s in zip(weights.split(16384), scales.split(16384, dim=1), strict=True)
     ]
     y = torch.cat(parts, dim=1) + (0 if bias is None else bias)

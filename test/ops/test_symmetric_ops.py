@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from int4q.kernels import reference
+from int4q.kernels.weight import Weight
 
 GROUPS = [32, 64, 128, 256]
 
@@ -18,6 +19,12 @@ def weight(N, K, group_size, device="cpu"):
     n_groups = K // group_size
     w_scale = (1 + torch.arange(N * n_groups).view(N, n_groups) % 97).bfloat16() / 1024
     return w_packed.to(device), w_scale.to(device)
+
+
+def values(w_packed, w_scale, group_size, dtype):
+    """``(u - 8) * scale`` in float32, rounded to ``dtype``: ``[N, K]``."""
+    weight = Weight(w_packed, w_scale.mT, None, group_size, signed=False)
+    return reference.dequantize(weight, dtype)
 
 
 def python_value(byte: int, high: bool, scale: float) -> float:
@@ -52,7 +59,7 @@ def test_matmul_is_a_gemm_on_bf16_rounded_weights(device, M, N, K):
     w_packed, w_scale = weight(N, K, group_size, device)
     x = torch.randn(M, K).bfloat16().to(device)
     y = torch.ops.int4q.int4_matmul(x, w_packed, w_scale, group_size)
-    w = reference.dequantize_symmetric(w_packed, w_scale, group_size).double()
+    w = values(w_packed, w_scale, group_size, torch.bfloat16).double()
     expected = F.linear(x.double(), w)
     assert y.dtype == torch.bfloat16 and y.shape == (M, N)
     # One rounding to bf16 (2^-8) and float32 sums, element by element and whatever M is.
@@ -68,7 +75,7 @@ def test_matvec_keeps_weights_in_float32(device, N, K, group_size):
     w_packed, w_scale = weight(N, K, group_size, device)
     x = torch.randn(1, K).bfloat16().to(device)
     y = torch.ops.int4q.int4_matvec(x, w_packed, w_scale, group_size).double()
-    q = reference._symmetric_values(w_packed, w_scale, group_size).double()
+    q = values(w_packed, w_scale, group_size, torch.float32).double()
     expected = x.double() @ q.T
     # Half a unit in the last place of bf16 for the output itself, 1e-3 of its scale for the sums.
     bound = expected.abs() * 2**-8 + 1e-3 * expected.abs().max()
@@ -94,7 +101,7 @@ def test_gradient_reaches_the_activation():
     w_packed, w_scale = weight(16, 64, 32)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
     torch.ops.int4q.int4_matmul(x, w_packed, w_scale, 32).sum().backward()
-    w = reference.dequantize_symmetric(w_packed, w_scale, 32).double()
+    w = values(w_packed, w_scale, 32, torch.bfloat16).double()
     expected = torch.ones(3, 16, dtype=torch.float64) @ w
     assert (x.grad.double() - expected).abs().max() <= 6e-3 * expected.abs().max()
 

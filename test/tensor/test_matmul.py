@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from int4q import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
+from int4q.kernels import registry
+from int4q.kernels.cpu import blocked
+from int4q.kernels.registry import Problem
+from int4q.kernels.weight import Weight
 
 # Relative to the largest output. bfloat16: one rounding each of weight and result; float32: sums
 # of up to 1024 products in another order, and activations in 24-bit fixed point.
@@ -85,32 +89,26 @@ def test_cpu_packed_linear(M, dtype, packing):
 
 
 def test_every_kernel_of_the_table_agrees():
-    from int4q.kernels import reference
-    from int4q.kernels.cpu import entries as cpu
-    from int4q.kernels.cpu import native as native_cpu
-
     t = quantised(Int4Tensor, 64, 256, group=64, dtype=torch.bfloat16)
-    parts = t._weight_parts()
+    weight = Weight(*t._weight_parts(), 64)
     x, bias = torch.randn(4, 256).bfloat16(), torch.randn(64).bfloat16()
     expected = F.linear(x.double(), t.dequantize(torch.float64), bias.double())
-    runs = [reference.linear, cpu.blocked_linear]
-    if native_cpu.unsupported(4, 64, 256, 64, x.dtype, t.dtype) is None:
-        runs.append(native_cpu.linear)
-    for run in runs:
-        close(run(x, *parts, 64, bias), expected, torch.bfloat16)
+    problem = Problem("int4_linear", "cpu", x.dtype, t.dtype, 4, 64, 256, 64)
+    runs = [k for k in registry.kernels("int4_linear") if k.unsupported(problem) is None]
+    assert {kernel.name for kernel in runs} >= {"cpu_blocked", "reference"}
+    for kernel in runs:
+        close(kernel.run(x, weight, bias), expected, torch.bfloat16)
 
 
 def test_blocks_of_rows_put_together_are_the_whole(monkeypatch):
-    from int4q.kernels.cpu import entries as cpu
-
     t = quantised(Int4Tensor, 50, 128, dtype=torch.float32)
+    weight = Weight(*t._weight_parts(), 32)
     x, grad = torch.randn(100, 128), torch.randn(3, 50)
-    whole = cpu.blocked_linear(x, *t._weight_parts(), 32)
-    whole_grad = cpu.blocked_grad_input(grad, *t._weight_parts(), 32)
-    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", 7 * 128)
+    whole, whole_grad = blocked.linear(x, weight), blocked.grad_input(grad, weight)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 7 * 128)
     # Another order of float32 sums.
-    torch.testing.assert_close(cpu.blocked_linear(x, *t._weight_parts(), 32), whole)
-    torch.testing.assert_close(cpu.blocked_grad_input(grad, *t._weight_parts(), 32), whole_grad)
+    torch.testing.assert_close(blocked.linear(x, weight), whole)
+    torch.testing.assert_close(blocked.grad_input(grad, weight), whole_grad)
 
 
 def test_leading_dims_strides_and_empty_batches(layout):

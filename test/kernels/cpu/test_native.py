@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from int4q.kernels.cpu import native as native_cpu
+from int4q.kernels.cpu import native
+from int4q.kernels.registry import Problem
+from int4q.kernels.weight import Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLOATS = (BF16, FP16, FP32)
@@ -19,20 +21,20 @@ FIXED_POINT = {BF16: 2.0**-15, FP16: 2.0**-15, FP32: 2.0**-23}
 FLOAT32_SUM = 2.0**-22
 SUBNORMAL_FP16 = 2.0**-25
 
-_decode = native_cpu.unsupported(1, 64, 256, 32, BF16, BF16)
-_gemm = native_cpu.unsupported(64, 64, 256, 32, BF16, BF16)
+_decode = native.unsupported(Problem("int4_linear", "cpu", BF16, BF16, 1, 64, 256, 32))
+_gemm = native.unsupported(Problem("int4_linear", "cpu", BF16, BF16, 64, 64, 256, 32))
 pytestmark = pytest.mark.skipif(_decode is not None, reason=str(_decode))
 needs_gemm = pytest.mark.skipif(_gemm is not None, reason=str(_gemm))
 
 
 def make_weight(N, K, group_size, dtype=BF16):
-    """Parts of a weight: every nibble value, another scale and zero point in each group."""
+    """Every nibble value, another scale and zero point in each group."""
     qdata = torch.randint(-128, 128, (N, K // 2), dtype=torch.int8)
     qdata[0, :2] = torch.tensor([0x78, -0x79], dtype=torch.int8)  # -8 low, 7 high; 7 low, -8 high
     groups = K // group_size
     scale = ((torch.rand(groups, N) + 0.1) * 0.02).to(dtype)
     zero_point = (torch.randn(groups, N) * 0.03).to(dtype)
-    return qdata, scale, zero_point
+    return Weight(qdata, scale, zero_point, group_size)
 
 
 def nibbles(qdata):
@@ -40,28 +42,29 @@ def nibbles(qdata):
     return torch.stack([((q & 15) ^ 8) - 8, q >> 4], dim=-1).flatten(-2)
 
 
-def parts_float64(qdata, scale, zero_point, group_size):
+def spread(part, weight, dtype):
+    """A scale or zero point of every element, ``[N, K]``."""
+    return part.to(dtype).T.repeat_interleave(weight.group_size, dim=1)
+
+
+def parts_float64(weight):
     """``q * scale`` and ``zero_point``, both ``[N, K]``."""
-    scale, zero_point = (
-        t.double().T.repeat_interleave(group_size, dim=1) for t in (scale, zero_point)
-    )
-    return nibbles(qdata).double() * scale, zero_point
+    scale, zero_point = (spread(t, weight, torch.float64) for t in weight[1:3])
+    return nibbles(weight.qdata).double() * scale, zero_point
 
 
-def dequantized(qdata, scale, zero_point, group_size, dtype):
+def dequantized(weight, dtype):
     """float32 with the product rounded before the sum, then rounded once to ``dtype``."""
-    scale, zero_point = (
-        t.float().T.repeat_interleave(group_size, dim=1) for t in (scale, zero_point)
-    )
-    return (nibbles(qdata).float() * scale + zero_point).to(dtype)
+    scale, zero_point = (spread(t, weight, torch.float32) for t in weight[1:3])
+    return (nibbles(weight.qdata).float() * scale + zero_point).to(dtype)
 
 
-def check_decode(x, weight, group_size, bias=None):
+def check_decode(x, weight, bias=None):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cpu, "TILES_MIN_M", native_cpu.DECODE_MAX_M[x.dtype] + 1)
-        y = native_cpu.linear(x, *weight, group_size, bias)
-    assert y.dtype == x.dtype and y.shape == (x.shape[0], weight[0].shape[0])
-    product, zero = parts_float64(*weight, group_size)
+        patch.setattr(native, "TILES_MIN_M", native.DECODE_MAX_M[x.dtype] + 1)
+        y = native.linear(x, weight, bias)
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], weight.N)
+    product, zero = parts_float64(weight)
     golden = x.double() @ (product + zero).T + (0 if bias is None else bias.double())
     block = x.double().abs().unflatten(1, (-1, 8)).amax(-1).repeat_interleave(8, dim=1)
     # Errors of independent sign add as the root of their squares. A uniform error of half a step
@@ -72,17 +75,17 @@ def check_decode(x, weight, group_size, bias=None):
     assert ((y.double() - golden).abs() <= allowed).all()
 
 
-def check_gemm(x, weight, group_size, bias=None):
-    y = native_cpu.linear(x, *weight, group_size, bias)
-    assert y.dtype == BF16 and y.shape == (x.shape[0], weight[0].shape[0])
-    w = dequantized(*weight, group_size, BF16).double()  # the kernel's defined precision
+def check_gemm(x, weight, bias=None):
+    y = native.linear(x, weight, bias)
+    assert y.dtype == BF16 and y.shape == (x.shape[0], weight.N)
+    w = dequantized(weight, BF16).double()  # the kernel's defined precision
     golden = x.double() @ w.T + (0 if bias is None else bias.double())
     allowed = ROUNDING[BF16] * golden.abs() + FLOAT32_SUM * (x.double().abs() @ w.abs().T)
     assert ((y.double() - golden).abs() <= allowed + 1e-30).all()
 
 
 def check(x, *args):
-    (check_decode if x.shape[0] <= native_cpu.DECODE_MAX_M[x.dtype] else check_gemm)(x, *args)
+    (check_decode if x.shape[0] <= native.DECODE_MAX_M[x.dtype] else check_gemm)(x, *args)
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
@@ -91,7 +94,7 @@ def check(x, *args):
 def test_decode_dtypes(x_dtype, scale_dtype, group_size):
     weight = make_weight(33, 512, group_size, scale_dtype)
     for M in range(1, 9):
-        check_decode(torch.randn(M, 512).to(x_dtype), weight, group_size)
+        check_decode(torch.randn(M, 512).to(x_dtype), weight)
 
 
 SIZES = [
@@ -107,15 +110,15 @@ SIZES = [
 def test_decode_tails(N, K, group_size):
     weight = make_weight(N, K, group_size)
     for M, dtype in ((1, BF16), (2, FP32), (3, FP16), (5, BF16), (8, FP32), (8, BF16)):
-        check_decode(torch.randn(M, K).to(dtype), weight, group_size, torch.randn(N))
+        check_decode(torch.randn(M, K).to(dtype), weight, torch.randn(N))
 
 
 @needs_gemm
 @pytest.mark.parametrize("N, K, group_size", SIZES)
 def test_gemm_tails(N, K, group_size):
     weight = make_weight(N, K, group_size)
-    for M in (native_cpu.TILES_MIN_M, 9, 16, 17, 31, 33, 130):
-        check_gemm(torch.randn(M, K).to(BF16), weight, group_size, torch.randn(N))
+    for M in (native.TILES_MIN_M, 9, 16, 17, 31, 33, 130):
+        check_gemm(torch.randn(M, K).to(BF16), weight, torch.randn(N))
 
 
 @needs_gemm
@@ -123,13 +126,13 @@ def test_gemm_tails(N, K, group_size):
 @pytest.mark.parametrize("group_size", GROUPS)
 def test_gemm_scale_dtypes(group_size, scale_dtype):
     weight = make_weight(48, 768, group_size, scale_dtype)
-    check_gemm(torch.randn(40, 768).to(BF16), weight, group_size)
+    check_gemm(torch.randn(40, 768).to(BF16), weight)
 
 
 @needs_gemm
 def test_gemm_more_rows_than_a_block():
     """x is packed 512 rows at a time, and eight panels of 32 weight rows share a pass."""
-    check_gemm(torch.randn(1050, 640).to(BF16), make_weight(600, 640, 128), 128, torch.randn(600))
+    check_gemm(torch.randn(1050, 640).to(BF16), make_weight(600, 640, 128), torch.randn(600))
 
 
 @pytest.mark.parametrize("x_dtype, limit", [(BF16, 1e-4), (FP16, 1e-4), (FP32, 2e-6)])
@@ -140,8 +143,8 @@ def test_decode_precision(x_dtype, limit, outlier):
     x = torch.randn(4, 4096)
     x[:, 77] *= outlier
     x = x.to(x_dtype)
-    golden = x.double() @ sum(parts_float64(*weight, 128)).T
-    y = native_cpu.linear(x, *weight, 128).double()
+    golden = x.double() @ sum(parts_float64(weight)).T
+    y = native.linear(x, weight).double()
     error = (y - golden).abs() - ROUNDING[x_dtype] * golden.abs()
     assert error.max() <= limit * golden.abs().max()
 
@@ -149,29 +152,33 @@ def test_decode_precision(x_dtype, limit, outlier):
 @pytest.mark.parametrize("M", [1, 8, pytest.param(24, marks=needs_gemm)])
 def test_strides(M):
     """Slices of a larger weight, both layouts of the scales, x with gaps and x transposed."""
-    qdata, scale, zero_point = make_weight(80, 512, 64)
-    plain = (qdata[3:50, 32:160], scale[1:5, 3:50], zero_point[1:5, 3:50])
-    turned = (plain[0], *(t.T.contiguous().T for t in plain[1:]))
-    spread = (plain[0], *(torch.stack([t, t], -1).flatten(-2)[:, ::2] for t in plain[1:]))
+    whole = make_weight(80, 512, 64)
+    plain = Weight(whole.qdata[3:50, 32:160], *(t[1:5, 3:50] for t in whole[1:3]), 64)
+    layouts = [
+        plain,
+        plain._replace(qdata=plain.qdata.T.contiguous().T),
+        Weight(plain.qdata, *(t.T.contiguous().T for t in plain[1:3]), 64),
+        Weight(plain.qdata, *(torch.stack([t, t], -1).flatten(-2)[:, ::2] for t in plain[1:3]), 64),
+    ]
     x = torch.randn(M, 512).to(BF16)[:, 128:384]
-    for weight in (plain, turned, spread):
-        check(x, weight, 64)
-        check(torch.randn(256, M).to(BF16).T, weight, 64)
-    assert torch.equal(native_cpu.linear(x, *plain, 64), native_cpu.linear(x, *turned, 64))
+    for weight in layouts:
+        check(x, weight)
+        check(torch.randn(256, M).to(BF16).T, weight)
+        assert torch.equal(native.linear(x, weight), native.linear(x, plain))
 
 
 @pytest.mark.parametrize("M", [1, 8, pytest.param(24, marks=needs_gemm)])
 def test_exact_on_small_integers(M):
     """Every sum here is an integer below 2^24: no tolerance at all."""
-    qdata, scale, _ = make_weight(33, 256, 32, FP32)
+    qdata, scale, *_ = make_weight(33, 256, 32, FP32)
     scale = (2.0 ** torch.randint(0, 3, scale.shape)).float()
-    zero_point = torch.randint(-4, 5, scale.shape).float()
+    weight = Weight(qdata, scale, torch.randint(-4, 5, scale.shape).float(), 32)
     x = torch.randint(-8, 9, (M, 256))
-    golden = x.double() @ dequantized(qdata, scale, zero_point, 32, torch.float64).T
-    y = native_cpu.linear(x.to(BF16), qdata, scale, zero_point, 32)
+    golden = x.double() @ dequantized(weight, torch.float64).T
+    y = native.linear(x.to(BF16), weight)
     assert torch.equal(y, golden.float().to(BF16))
-    if M <= native_cpu.DECODE_MAX_M[FP32]:
-        y = native_cpu.linear(x.float(), qdata, scale, zero_point, 32)
+    if M <= native.DECODE_MAX_M[FP32]:
+        y = native.linear(x.float(), weight)
         assert torch.equal(y.double(), golden)
 
 
@@ -185,16 +192,16 @@ def test_decode_range(x_dtype):
     x[3] = torch.linspace(0.98, 1.02, 256)  # either side of a power of two
     x[4] = -x[3]
     # (Fixed point ends at 2^121; cpu.native_linear takes the rows beyond another way.)
-    x[5, 3::64] = min(torch.finfo(x_dtype).max / 64, native_cpu._RANGE / 2)
-    check_decode(x.to(x_dtype), weight, 32)
-    assert not native_cpu.linear(x[:1].to(x_dtype), *weight[:2], weight[2] * 0, 32).any()
+    x[5, 3::64] = min(torch.finfo(x_dtype).max / 64, native._RANGE / 2)
+    check_decode(x.to(x_dtype), weight)
+    assert not native.linear(x[:1].to(x_dtype), weight._replace(zero_point=None)).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_decode_non_finite_x(bad):
     x = torch.randn(3, 256).to(BF16)
     x[1, 200] = bad
-    y = native_cpu.linear(x, *make_weight(20, 256, 64), 64)
+    y = native.linear(x, make_weight(20, 256, 64))
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
@@ -206,11 +213,10 @@ def test_decode_non_finite_x(bad):
 def test_dequantize(N, K, group_size, scale_dtype, dtype):
     """The same float32 operations, so the same bits."""
     weight = make_weight(N, K, group_size, scale_dtype)
-    got = native_cpu.dequantize(*weight, group_size, dtype)
-    assert torch.equal(got, dequantized(*weight, group_size, dtype))
-    rows = (weight[0][N // 2 :], *(t[:, N // 2 :] for t in weight[1:]))
-    got = native_cpu.dequantize(*rows, group_size, dtype)
-    assert torch.equal(got, dequantized(*rows, group_size, dtype))
+    got = native.dequantize(weight, dtype)
+    assert torch.equal(got, dequantized(weight, dtype))
+    rows = weight.rows(slice(N // 2, N))
+    assert torch.equal(native.dequantize(rows, dtype), dequantized(rows, dtype))
 
 
 @pytest.mark.parametrize(
@@ -223,18 +229,18 @@ def test_threads(M):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = native_cpu.linear(x, *weight, 128)
+        one = native.linear(x, weight)
         torch.set_num_threads(3)
-        assert torch.equal(native_cpu.linear(x, *weight, 128), one)
+        assert torch.equal(native.linear(x, weight), one)
     finally:
         torch.set_num_threads(threads)
     with ThreadPoolExecutor(4) as pool:
-        for y in pool.map(lambda _: native_cpu.linear(x, *weight, 128), range(16)):
+        for y in pool.map(lambda _: native.linear(x, weight), range(16)):
             assert torch.equal(y, one)
 
 
 def test_empty_x():
-    y = native_cpu.linear(torch.empty(0, 64).to(BF16), *make_weight(8, 64, 32), 32)
+    y = native.linear(torch.empty(0, 64).to(BF16), make_weight(8, 64, 32))
     assert y.shape == (0, 8)
 
 
@@ -245,7 +251,6 @@ def test_empty_x():
         (dict(x=torch.zeros(1, 256).double()), ValueError, "activations, not torch.float64"),
         (dict(x=torch.zeros(129, 256)), ValueError, "slower than blocks above M = 128"),
         (dict(qdata=torch.zeros(16, 128)), TypeError, "qdata must be int8"),
-        (dict(qdata=torch.zeros(128, 16, dtype=torch.int8).T), ValueError, "contiguous along K"),
         (dict(scale=torch.ones(16, 4)), ValueError, r"scale must have shape .* = \[4, 16\]"),
         (dict(zero_point=torch.ones(4, 16).half()), TypeError, "zero_point must have scale's"),
         (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \[16\]"),
@@ -257,22 +262,19 @@ def test_empty_x():
     ],
 )
 def test_errors(change, error, match):
-    arguments = dict(
-        x=torch.zeros(1, 256),
-        qdata=torch.zeros(16, 128, dtype=torch.int8),
-        scale=torch.ones(4, 16),
-        zero_point=torch.ones(4, 16),
-        group_size=64,
+    x, bias = change.pop("x", torch.zeros(1, 256)), change.pop("bias", None)
+    weight = Weight(
+        torch.zeros(16, 128, dtype=torch.int8), torch.ones(4, 16), torch.ones(4, 16), 64
     )
     with pytest.raises(error, match=match):
-        native_cpu.linear(**{**arguments, **change})
+        native.linear(x, weight._replace(**change), bias)
 
 
 def test_a_broken_library_is_a_reason(tmp_path, monkeypatch):
     (tmp_path / "_int4_cpu.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native_cpu, "__file__", str(tmp_path / "native.py"))
-    library, reason = native_cpu.load.__wrapped__()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    library, reason = native.load.__wrapped__()
     assert library is None and "did not load" in reason
     (tmp_path / "_int4_cpu.so").unlink()
-    library, reason = native_cpu.load.__wrapped__()
+    library, reason = native.load.__wrapped__()
     assert library is None and "not built" in reason
