@@ -21,6 +21,7 @@ import pytest
 
 from int4q.kernels import webgpu_device
 
+pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[1] / "examples" / "webgpu"
 FLAGS = (
     "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run",

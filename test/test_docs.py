@@ -10,7 +10,7 @@ import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
 NEEDS = {"moe": "transformers", "tune": "triton"}
-SLOW = ("compile", "moe")  # inductor's first graph; transformers
+SLOW = ("compile", "moe", "tune")  # inductor's first graph, transformers, the interpreter
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 
@@ -24,7 +24,7 @@ def program(page: Path) -> str:
     return "\n".join(lines)
 
 
-def test_every_block_is_python_or_a_shell_s():
+def test_every_block_is_python_or_plain():
     assert PAGES
     for page in PAGES:
         opened = re.findall(r"^```(.*)$", page.read_text(), flags=re.MULTILINE)[::2]

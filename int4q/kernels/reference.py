@@ -28,7 +28,9 @@ def dequantize(
 
     Args:
         qdata: int8 ``[..., N, K/2]``.
-        scale, zero_point: ``[..., n_groups, N]``.
+        scale: ``[..., n_groups, N]``.
+        zero_point: as ``scale``.
+        group_size: elements along K that share a scale.
         dtype: of the result.
 
     Returns:

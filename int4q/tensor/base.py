@@ -73,6 +73,7 @@ class Int4TensorBase(TorchAOBaseTensor):
         act_pre_scale: Tensor | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
+        """The wrapper, once the parts are checked; arguments as the class describes them."""
         cls._check(qdata, scale, zero_point, block_size, shape, act_pre_scale, activation_dtype)
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=scale.dtype, device=qdata.device, requires_grad=False
