@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ class Kernel:
     unsupported: Callable[[Problem], str | None]
     run: Callable[..., torch.Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.backend is KernelPreference.AUTO:
             raise errors.value("a kernel belongs to one backend", self.backend)
 
@@ -121,7 +122,7 @@ def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUT
 
 
 @functools.lru_cache(maxsize=4096)
-def route(preference: KernelPreference, *facts) -> Kernel:
+def route(preference: KernelPreference, *facts: Any) -> Kernel:
     """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing."""
     return choose(Problem(*facts), preference)
 
