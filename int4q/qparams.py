@@ -71,8 +71,9 @@ def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
         q = ((groups - zero_point) / scale).round_().clamp_(Q_MIN, Q_MAX)
         error = groups - (q * scale + zero_point)
         mean_error = error.abs().mean()
-        best = torch.where(mean_error < best_error, zero_point, best)
-        best_error = torch.minimum(mean_error, best_error)
+        better = mean_error < best_error
+        best = torch.where(better, zero_point, best)
+        best_error = torch.where(better, mean_error, best_error)
         size = error.abs()
         outliers = error.sign() * (size - size.clamp(min=1e-8).pow(norm - 1) / beta).clamp(min=0)
         zero_point = (groups - outliers - q * scale).mean(dim=-1, keepdim=True)
