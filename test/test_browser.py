@@ -21,7 +21,6 @@ import pytest
 
 from int4q.kernels import webgpu_device
 
-pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[1] / "examples" / "webgpu"
 FLAGS = (
     "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run",
@@ -29,6 +28,7 @@ FLAGS = (
     "--disable-quic", "--disable-dev-shm-usage", "--enable-unsafe-webgpu",
     "--use-webgpu-adapter=swiftshader",
 )  # fmt: skip
+pytestmark = pytest.mark.slow
 
 
 def missing(reason: str):
