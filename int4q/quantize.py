@@ -25,7 +25,7 @@ def kept_modules(model: nn.Module) -> dict[nn.Module, str]:
         id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
     }
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kept: dict[nn.Module, str] = {}
+    kept = {}
     for module in model.modules():
         if not isinstance(module, nn.Linear):
             continue
