@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -122,7 +121,7 @@ def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUT
 
 
 @functools.lru_cache(maxsize=4096)
-def route(preference: KernelPreference, *facts: Any) -> Kernel:
+def route(preference: KernelPreference, *facts) -> Kernel:
     """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing."""
     return choose(Problem(*facts), preference)
 
