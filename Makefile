@@ -1,9 +1,11 @@
-# make demo   quantise a real model, save, reload and compare it (the main job)
-# make test   run the tests
-# make check  lint;  make bench  measure;  make venv  only install
+# make demo      quantise a real model, save, reload and compare it (the main job)
+# make test      the tests, without slow ones and those that need a GPU
+# make test-slow the slow ones;  make test-gpu  those that need a CUDA device;  make test-all
+# make check     lint, docstrings, types;  make docs  the site, into build/site
+# make bench     measure;  make venv  only install
 #
 # Everything runs in .venv, made on first use. TORCH_INDEX names an extra package index to take
-# torch from, for example one with CPU-only builds.
+# torch from, for example one with CPU-only builds. ARGS go to pytest.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,8 +13,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(if $(shell command -v nvidia-smi),cuda,cpu).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
        --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A process a core, each with one thread; a module's tests stay together, for their fixtures.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadscope
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv demo test test-slow test-gpu test-all check docs bench clean
 
 venv: $(VENV)/.installed
 
@@ -29,10 +34,23 @@ demo: venv
 	$(BIN)/python examples/quantize_embedding_model.py
 
 test: venv
-	$(BIN)/python -m pytest
+	$(PARALLEL) -m 'not slow and not gpu' $(ARGS)
+
+test-slow: venv
+	$(PARALLEL) -m 'slow and not gpu' $(ARGS)
+
+# One process: the device is one.
+test-gpu: venv
+	$(PYTEST) -m gpu $(ARGS)
+
+test-all: test test-slow test-gpu
 
 check: venv
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv
 	$(BIN)/python -m int4q.bench

@@ -119,12 +119,15 @@ def _hidden(name: str) -> property:
     return property(
         lambda self: self.__dict__[f"_{name}"],
         lambda self, value: self.__dict__.__setitem__(f"_{name}", value),
+        doc="As the class describes it.",
     )
 
 
 # Properties put on after the dataclass decorator has read the defaults.
 Int4WeightOnlyConfig.int4_packing_format = property(
-    Int4WeightOnlyConfig._get_format, Int4WeightOnlyConfig._set_format
+    Int4WeightOnlyConfig._get_format,
+    Int4WeightOnlyConfig._set_format,
+    doc="As the class describes it.",
 )
 Int4WeightOnlyConfig.activation_dtype = _hidden("activation_dtype")
 Int4WeightOnlyConfig.contracted_dim = _hidden("contracted_dim")

@@ -6,6 +6,8 @@ and the traceback ends where the check is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -28,6 +30,6 @@ def dtypes(allowed: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in allowed)
 
 
-def dims(shape) -> str:
+def dims(shape: Iterable[int]) -> str:
     """``torch.Size([4, 2])`` -> ``"[4, 2]"``."""
     return "[" + ", ".join(str(s) for s in shape) + "]"

@@ -9,7 +9,7 @@ entry of a part covers ``unit`` logical elements along the grouped dim: 2 for pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from int4q import errors
 
@@ -148,7 +148,7 @@ def _resolve(shape: Sequence[int], new_shape: Sequence[int]) -> list[int]:
     return new_shape
 
 
-def _prod(sizes) -> int:
+def _prod(sizes: Iterable[int]) -> int:
     product = 1
     for size in sizes:
         product *= size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +63,14 @@ def to_plain_(model: nn.Module) -> nn.Module:
 def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
-    places: dict[int, list[tuple[dict[str, Tensor], str]]] = {}
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for registry, name, t in _weights(model):
         places.setdefault(id(t), []).append((registry, name))
     for shared in places.values():
         registry, name = shared[0]
         old = registry[name]
         with torch.no_grad():
-            new = convert(old)
+            new: Tensor = convert(old)
         if new is old:
             continue
         if isinstance(old, nn.Parameter):
@@ -79,7 +80,7 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
     return model
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], str, Int4TensorBase]]:
+def _weights(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Int4TensorBase]]:
     """Every place that holds a 4-bit weight: the module's own dictionary, the name, the weight."""
     for module in model.modules():
         for registry in (module._parameters, module._buffers):

@@ -36,7 +36,7 @@ def offset_to_signed(packed: Tensor) -> Tensor:
     return signed_to_offset(packed)
 
 
-def symmetric_parts(t) -> tuple[Tensor, Tensor, int]:
+def symmetric_parts(t: Tensor) -> tuple[Tensor, Tensor, int]:
     """The values of a symmetric 4-bit weight tensor as ``linear_q4gsw`` holds them.
 
     Args:
@@ -52,20 +52,20 @@ def symmetric_parts(t) -> tuple[Tensor, Tensor, int]:
     """
     if not hasattr(t, "to_int4_tensor"):
         raise errors.type_("t must be a 4-bit weight of int4q", type(t).__name__)
-    t = t.to_int4_tensor()
-    if t.ndim != 2 or t.grouped_dim != 1:
+    plain = t.to_int4_tensor()
+    if plain.ndim != 2 or plain.grouped_dim != 1:
         raise errors.value(
             "t must be [N, K] with groups along K",
-            f"{errors.dims(t.shape)} with block_size {t.block_size}",
+            f"{errors.dims(plain.shape)} with block_size {plain.block_size}",
         )
-    if t.act_pre_scale is not None:
+    if plain.act_pre_scale is not None:
         raise errors.value(
             "t must have no act_pre_scale", "one", "Multiply the activations by it instead"
         )
-    if bool(t.zero_point.any()):
+    if bool(plain.zero_point.any()):
         raise errors.value(
             "a symmetric weight has zero points of 0",
             "others",
             'Quantise with Int4Tensor.from_hp(w, block_size, algorithm="symmetric")',
         )
-    return signed_to_offset(t.qdata).view(torch.uint8), t.scale, t.group_size
+    return signed_to_offset(plain.qdata).view(torch.uint8), plain.scale, plain.group_size

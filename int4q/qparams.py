@@ -70,20 +70,19 @@ def hqq(groups: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm, beta, growth = 0.7, 10.0, 1.01
     _, scale, zero_point = minmax(groups)
-    best = (groups.new_full((), float("inf")), zero_point)
+    best, best_error = zero_point, groups.new_full((), float("inf"))
     for _ in range(steps):
         q = ((groups - zero_point) / scale).round_().clamp_(Q_MIN, Q_MAX)
         error = groups - (q * scale + zero_point)
         mean_error = error.abs().mean()
-        best = tuple(
-            torch.where(mean_error < best[0], new, old)
-            for new, old in zip((mean_error, zero_point), best, strict=True)
-        )
+        better = mean_error < best_error
+        best = torch.where(better, zero_point, best)
+        best_error = torch.where(better, mean_error, best_error)
         size = error.abs()
         outliers = error.sign() * (size - size.clamp(min=1e-8).pow(norm - 1) / beta).clamp(min=0)
         zero_point = (groups - outliers - q * scale).mean(dim=-1, keepdim=True)
         beta *= growth
-    zero_point = best[1]
+    zero_point = best
     q = ((groups - zero_point) / scale).round_().clamp_(Q_MIN, Q_MAX)
     return q.to(torch.int8), scale, zero_point
 
@@ -119,7 +118,8 @@ def quantize(w: Tensor, group_size: int, algorithm: str) -> tuple[Tensor, Tensor
     if w.ndim > 2 and not w.is_contiguous():  # one matrix at a time: no copy of a transposed stack
         each = [quantize(matrix, group_size, algorithm) for matrix in w]
         if each:
-            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+            q, s, z = (torch.stack(parts) for parts in zip(*each, strict=True))
+            return q, s, z
     rows = w.reshape(-1, w.shape[-1])
     n_rows, K = rows.shape
     n_groups = K // group_size

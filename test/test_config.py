@@ -279,6 +279,7 @@ print(elapsed)
 """
 
 
+@pytest.mark.slow
 def test_import_is_light_and_silent():
     times = []
     for _ in range(3):

@@ -515,6 +515,7 @@ def test_compiles_in_one_graph(implementation):
         assert_close(compiled(*args), quantised(*args))
 
 
+@pytest.mark.slow
 def test_importing_int4q_leaves_transformers_alone():
     code = (
         "import sys, int4q; assert 'transformers' not in sys.modules;"

@@ -81,7 +81,7 @@ class Kernel:
     run: Callable[..., torch.Tensor]
     slow: Callable[[Problem], str | None] = lambda problem: None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.backend is KernelPreference.AUTO:
             raise errors.value("a kernel belongs to one backend", self.backend)
 

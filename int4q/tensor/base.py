@@ -67,6 +67,7 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
+        """The wrapper, once the parts are checked; arguments as the class describes them."""
         check_parts(cls, qdata, scale, zero_point, block_size, shape, activation_dtype)
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=scale.dtype, device=qdata.device, requires_grad=False

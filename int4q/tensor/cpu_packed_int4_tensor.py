@@ -51,6 +51,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
     ):
+        """The wrapper, once the parts are checked; arguments as the class describes them."""
         cls._check_parts(qdata, scale_and_zero, block_size, shape, packing)
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=scale_and_zero.dtype, device=qdata.device

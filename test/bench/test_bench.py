@@ -54,6 +54,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
         cpu.linear_row(1, 64, 128, 32)
 
 
+@pytest.mark.slow
 def test_quantising_stays_within_four_times_the_weight():
     assert cpu.quantize_row(2)["peak_over_weight"] < 4
 

@@ -29,6 +29,7 @@ FLAGS = (
     "--disable-quic", "--disable-dev-shm-usage", "--enable-unsafe-webgpu",
     "--use-webgpu-adapter=swiftshader",
 )  # fmt: skip
+pytestmark = pytest.mark.slow
 
 
 def missing(reason: str):

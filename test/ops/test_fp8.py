@@ -197,7 +197,7 @@ def test_linear_is_close_to_the_unquantised_activation():
 def test_linear_takes_zero_points_too():
     """Weights are made symmetric; the arithmetic does not depend on it."""
     t = Int4Tensor.from_hp(torch.randn(16, 128), [1, 32])
-    t = Int4Tensor(parts(t)[:3], t.block_size, t.shape, activation_dtype=FP8)
+    t = Int4Tensor(*parts(t)[:3], t.block_size, t.shape, activation_dtype=FP8)
     x = torch.randn(4, 128)
     assert_close(F.linear(x, t), reference.linear_fp8(x, parts(t)), torch.float32)
 
@@ -242,7 +242,7 @@ def test_gradients_pass_straight_through(stack):
 
 def test_opcheck_with_a_scale_of_the_activation():
     x, t = torch.randn(3, 64, requires_grad=True), fp8_weight(8, 64, dtype=torch.float32)
-    args = (x, parts(t), torch.randn(8), torch.rand(64) + 0.5)
+    args = (x, *parts(t)[:4], torch.randn(8), torch.rand(64) + 0.5)
     torch.library.opcheck(torch.ops.int4q.int4_linear_fp8, args)
 
 

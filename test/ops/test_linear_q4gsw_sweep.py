@@ -160,6 +160,7 @@ def from_files(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @every_row
 def test_from_a_file_in_a_fresh_process(config, from_files):
     x = sweep.ramp(config.M, config.K)

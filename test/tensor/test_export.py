@@ -115,6 +115,7 @@ def test_a_converted_model_exports_the_same_graph():
     assert torch.equal(other.module()(x), program.module()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_without_a_graph_break(name):
     m, x = Block(name), torch.randn(3, 64)

@@ -87,6 +87,7 @@ assert torch.equal(program.module()(x), saved["y"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_fresh_process_gives_the_same_bits(tmp_path, fmt):
     m, x = model(fmt), torch.randn(3, 128).bfloat16()

@@ -36,6 +36,7 @@ def _case(base, layout):
 for _base in (torchao_cases.TorchAOBasicTestCase, torchao_cases.TorchAOCompileTestCase):
     for _layout in LAYOUTS:
         _case(_base, _layout)
+del _base  # or it would be collected, with torchao's own subclass
 
 
 def setup_function():

@@ -13,6 +13,7 @@ from helpers import run_in_interpreter
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.importorskip("triton")
 
+    @pytest.mark.slow
     def test_under_the_interpreter():
         """The tests below that run kernels, in a process where the interpreter does."""
         run_in_interpreter(__file__)

@@ -130,8 +130,10 @@ class WebGPULinear:
     outputs are within 4e-3 of their root mean square (2e-3 seen), and |x| must stay under 65504.
 
     Args:
-        weights, weight_scales, group_size, bias: as ``linear_q4gsw``, ``group_size`` 8, 16 or a
-            multiple of 32.
+        weights: as ``linear_q4gsw`` takes them.
+        weight_scales: as ``linear_q4gsw`` takes them.
+        group_size: 8, 16 or a multiple of 32.
+        bias: as ``linear_q4gsw`` takes it.
         gpu: the adapter; the default one otherwise.
         precision: ``"float32"`` or ``"float16"``.
         max_bytes: of one buffer, when less than the adapter allows is wanted.

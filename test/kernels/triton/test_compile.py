@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 MAX_REGISTERS = 255
 CHILD = "INT4Q_COMPILE_CHILD"
 

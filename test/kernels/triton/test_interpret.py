@@ -15,6 +15,7 @@ from helpers import run_in_interpreter
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
+    @pytest.mark.slow
     def test_under_the_interpreter():
         pytest.importorskip("triton")
         run_in_interpreter(__file__)
