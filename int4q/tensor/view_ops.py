@@ -77,13 +77,12 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
     def regrouped(c: Tensor, unit: int, copy: bool) -> Tensor:
         sizes = [s // unit if d == new_grouped else s for d, s in enumerate(size)]
         logical = c.movedim(-1, grouped)
-        new = logical.reshape(sizes) if copy else logical.view(sizes)
-        new = new.clone() if copy and new.data_ptr() == c.data_ptr() else new
-        return new.movedim(new_grouped, -1)
+        logical = logical.clone(memory_format=torch.contiguous_format) if copy else logical
+        return logical.view(sizes).movedim(new_grouped, -1)
 
     try:
         return self._rebuild(lambda c, unit: regrouped(c, unit, False), size, block_size)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # (the latter from fake tensors)
         if not reshape:
             raise errors.value(
                 "a view must alias every part, and the scales of this layout cannot be viewed so",
