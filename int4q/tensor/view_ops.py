@@ -78,11 +78,11 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
         sizes = [s // unit if d == new_grouped else s for d, s in enumerate(size)]
         logical = c.movedim(-1, grouped)
         logical = logical.clone(memory_format=torch.contiguous_format) if copy else logical
-        return logical.view(sizes).movedim(new_grouped, -1)
+        return _viewed(logical, sizes).movedim(new_grouped, -1)
 
     try:
         return self._rebuild(lambda c, unit: regrouped(c, unit, False), size, block_size)
-    except (RuntimeError, ValueError) as error:  # (the latter from fake tensors)
+    except RuntimeError as error:
         if not reshape:
             raise errors.value(
                 "a view must alias every part, and the scales of this layout cannot be viewed so",
@@ -90,6 +90,14 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
                 f"Use .reshape(), which copies. {FLAT_BUFFERS}",
             ) from error
     return self._rebuild(lambda c, unit: regrouped(c, unit, True), size, block_size)
+
+
+def _viewed(t: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``t.view(sizes)``; where it cannot be, a fake tensor too raises ``RuntimeError``."""
+    try:
+        return t.view(sizes)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
 
 
 @implements([aten.view.default, aten._unsafe_view.default])
