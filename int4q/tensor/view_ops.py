@@ -77,9 +77,8 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
     def regrouped(c: Tensor, unit: int, copy: bool) -> Tensor:
         sizes = [s // unit if d == new_grouped else s for d, s in enumerate(size)]
         logical = c.movedim(-1, grouped)
-        new = logical.reshape(sizes) if copy else logical.view(sizes)
-        new = new.clone() if copy and new.data_ptr() == c.data_ptr() else new
-        return new.movedim(new_grouped, -1)
+        logical = logical.clone(memory_format=torch.contiguous_format) if copy else logical
+        return _viewed(logical, sizes).movedim(new_grouped, -1)
 
     try:
         return self._rebuild(lambda c, unit: regrouped(c, unit, False), size, block_size)
@@ -91,6 +90,14 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
                 f"Use .reshape(), which copies. {FLAT_BUFFERS}",
             ) from error
     return self._rebuild(lambda c, unit: regrouped(c, unit, True), size, block_size)
+
+
+def _viewed(t: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``t.view(sizes)``; where it cannot be, a fake tensor too raises ``RuntimeError``."""
+    try:
+        return t.view(sizes)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
 
 
 @implements([aten.view.default, aten._unsafe_view.default])

@@ -106,6 +106,28 @@ def test_compiled_shape_ops(layout):
     assert torch.equal(torch.compile(f, fullgraph=True)(t, x), f(t, x))
 
 
+def test_compiled_reshape_copies_where_a_view_cannot_be(layout):
+    t = layout.from_hp(torch.randn(16, 64), [1, 32])
+
+    def f(x):
+        return x * t.reshape(-1).dequantize()
+
+    x = torch.randn(16 * 64)
+    assert torch.equal(torch.compile(f, backend="aot_eager", fullgraph=True)(x), f(x))
+
+
+def test_compiled_products_by_keyword(layout):
+    t, bias = layout.from_hp(torch.randn(16, 64), [1, 32], torch.bfloat16), torch.randn(16)
+
+    def f(x):
+        out = torch.mm(x, t.t(), out=torch.empty(3, 16))
+        return torch.addmm(bias, mat1=x, mat2=t.t(), beta=0.5), F.linear(x, weight=t), out
+
+    x = torch.randn(3, 64)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), f(x))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_export_with_a_dynamic_batch(tmp_path, layout):
     m = nn.Sequential(nn.Linear(64, 32))
