@@ -42,6 +42,7 @@ class Run:
         self._said: dict[str, list[str]] = {}
 
     def say(self, name: str, what: str) -> None:
+        """Note that ``what`` is to be said of the weight ``name``."""
         self._said.setdefault(what, []).append(name)
 
     def warn(self) -> None:
