@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(_missing is not None, reason=str(_missing))
 @pytest.fixture(autouse=True)
 def no_tiles(monkeypatch):
     """On a CPU with AMX too, the decode kernel is what these tests look at."""
-    monkeypatch.setattr(native_cpu, "TILES_MIN_M", 1 << 30)
+    monkeypatch.setattr(native, "TILES_MIN_M", 1 << 30)
 
 
 def weight(N=16, K=64, group_size=32):
