@@ -62,12 +62,12 @@ class Int4WeightOnlyConfig(AOBaseConfig):
     group_size: int = 128
     set_inductor_config: bool = True
     int4_packing_format: str = "plain"
-    int4_choose_qparams_algorithm: str = Int4ChooseQParamsAlgorithm.TINYGEMM
+    int4_choose_qparams_algorithm: Int4ChooseQParamsAlgorithm = Int4ChooseQParamsAlgorithm.TINYGEMM
     version: int = 2
     activation_dtype: torch.dtype | None = None
     contracted_dim: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         geometry.check_group_size(self.group_size)
         if self.version != 2:
             raise errors.value("version must be 2", self.version)
@@ -124,13 +124,16 @@ def _hidden(name: str) -> property:
 
 
 # Properties put on after the dataclass decorator has read the defaults.
-Int4WeightOnlyConfig.int4_packing_format = property(
-    Int4WeightOnlyConfig._get_format,
-    Int4WeightOnlyConfig._set_format,
-    doc="As the class describes it.",
-)
-Int4WeightOnlyConfig.activation_dtype = _hidden("activation_dtype")
-Int4WeightOnlyConfig.contracted_dim = _hidden("contracted_dim")
+for _name, _property in {
+    "int4_packing_format": property(
+        Int4WeightOnlyConfig._get_format,
+        Int4WeightOnlyConfig._set_format,
+        doc="As the class describes it.",
+    ),
+    "activation_dtype": _hidden("activation_dtype"),
+    "contracted_dim": _hidden("contracted_dim"),
+}.items():
+    setattr(Int4WeightOnlyConfig, _name, _property)
 
 
 # --- one weight ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 """Weights that ``nn.MultiheadAttention`` holds itself; those of one instance are not ``None``."""
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_READ_AS_BYTES = "torch's recurrent kernels read the bytes themselves"
 
 NOT_LINEAR = "not the weight of a linear layer"
 
@@ -130,7 +131,7 @@ def is_source(module: nn.Module, name: str) -> bool:
 def _reason_of_kind(module: nn.Module) -> str | None:
     """Why no weight of a module of this kind can be a tensor subclass."""
     if isinstance(module, _RECURRENT):
-        return "torch's recurrent kernels read the bytes themselves"
+        return _READ_AS_BYTES
     if isinstance(module, nn.modules.conv._ConvNd):
         return "the weight of a convolution"
     return None
@@ -143,7 +144,7 @@ def reason_left(module: nn.Module, name: str) -> str:
     if is_source(module, name):
         return "a weight is computed from it"
     if isinstance(module, _RECURRENT):
-        return _reason_of_kind(module)
+        return _READ_AS_BYTES
     if name in expert_parameters(module):
         return "a stack of experts; int4q.moe_config() quantises those"
     return NOT_LINEAR

@@ -66,9 +66,8 @@ def moe_config(
         ):
             raise errors.type_(f"{name} must be an Int4WeightOnlyConfig", given)
     experts = config if contracted_dim is None else replace(config, contracted_dim=contracted_dim)
-    named = OrderedDict({EXPERTS: experts})
     if isinstance(linears, bool):
-        linears = config if linears else None
-    named[LINEARS] = linears
-    named[KEPT] = None
-    return FqnToConfig(named)
+        others = config if linears else None
+    else:
+        others = linears
+    return FqnToConfig(OrderedDict({EXPERTS: experts, LINEARS: others, KEPT: None}))

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -131,7 +132,7 @@ def choose(problem: Problem, preference: KernelPreference = KernelPreference.AUT
 
 
 @functools.lru_cache(maxsize=4096)
-def route(preference: KernelPreference, *facts) -> Kernel:
+def route(preference: KernelPreference, *facts: Any) -> Kernel:
     """:func:`choose` on the fields of a :class:`Problem`; a repeated call builds nothing.
 
     Warns with :class:`SlowKernelWarning` where the kernel is slow for this problem.

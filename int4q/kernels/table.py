@@ -7,6 +7,8 @@ A kernel runs where its own conditions allow (they hold the crossovers);
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack, triton
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
@@ -24,7 +26,7 @@ def _up_to_int8_rows(kernel: Kernel) -> Kernel:
     return dataclasses.replace(kernel, unsupported=unsupported)
 
 
-def _reference(run, name: str = "reference") -> Kernel:
+def _reference(run: Callable[..., Any], name: str = "reference") -> Kernel:
     return Kernel(
         name,
         KernelPreference.TORCH,
@@ -34,7 +36,7 @@ def _reference(run, name: str = "reference") -> Kernel:
     )
 
 
-def _one_by_one(run) -> Kernel:
+def _one_by_one(run: Callable[..., Any]) -> Kernel:
     """A stack's weights one after the other, each routed (and, where slow, named) by itself."""
     return Kernel("one_by_one", KernelPreference.TORCH, lambda problem: None, run)
 

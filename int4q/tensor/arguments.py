@@ -8,6 +8,7 @@ in place are written here, once, for every handler.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,16 +16,18 @@ from torch import Tensor
 from int4q import errors
 from int4q.tensor.base import Int4TensorBase
 
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
 # Other names that torch's parser takes for a parameter, and passes on as they were written.
 ALIASES = {"x": "input", "a": "input", "x1": "input", "x2": "other",
            "mat_a": "input", "mat_b": "mat2"}  # fmt: skip
 
 
-def overrides(*functions) -> Callable[[Callable], Callable]:
+def overrides(*functions: Any) -> Callable[[Handler], Handler]:
     """Register a handler for torch functions and methods (``torch.mm``, ``torch.Tensor.mm``) and
     for aten ops (``aten.mm.default``): ``handler(*args, **kwargs)`` under torch's names."""
 
-    def register(handler: Callable) -> Callable:
+    def register(handler: Handler) -> Handler:
         def call(func, types, args, kwargs):
             return _call(handler, args, kwargs) if kwargs else handler(*args)
 
@@ -38,7 +41,7 @@ def overrides(*functions) -> Callable[[Callable], Callable]:
     return register
 
 
-def overrides_in_place(method, handler: Callable) -> None:
+def overrides_in_place(method: Any, handler: Callable[..., Tensor]) -> None:
     """Register ``method`` (``torch.Tensor.addmm_``) as ``handler``, its result copied to self."""
 
     @overrides(method)
@@ -46,7 +49,7 @@ def overrides_in_place(method, handler: Callable) -> None:
         return self.copy_(_same_dtype(handler(self, *args, **kwargs), self))
 
 
-def _call(handler: Callable, args, kwargs):
+def _call(handler: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {ALIASES.get(name, name): value for name, value in kwargs.items()}
     out = kwargs.pop("out", None)
     result = handler(*args, **kwargs)

@@ -9,7 +9,7 @@ once against that description.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,20 @@ from int4q.ops import SCALE_DTYPES
 from int4q.ops.define import kernel
 from int4q.tensor.parts import ActPreScale, Part, check_parts
 
-_KEEP = object()
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own, from Python 3.11 on
+
+_KEEP: Any = object()
 FLAT_BUFFERS = (
     "One flat buffer for all parameters cannot hold 4-bit weights: leave them out of it, for "
     "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names)"
 )
 
 
-class _OneTensorIsAParameter(type(TorchAOBaseTensor)):
+class _OneTensorIsAParameter(type(TorchAOBaseTensor)):  # type: ignore[misc]  # no types
     """``type(param)(tensor, requires_grad=...)``, as accelerate rebuilds the weights it moves."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], cls):
             return nn.Parameter(args[0], requires_grad=False)
         return super().__call__(*args, **kwargs)
@@ -66,7 +69,7 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         shape: Sequence[int],
         act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
-    ):
+    ) -> Self:
         """The wrapper, once the parts are checked; arguments as the class describes them."""
         check_parts(cls, qdata, scale, zero_point, block_size, shape, activation_dtype)
         return torch.Tensor._make_wrapper_subclass(
@@ -91,20 +94,22 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         self.act_pre_scale = act_pre_scale
         self.activation_dtype = activation_dtype or self.activation_dtypes[0]
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # torchao's base puts its own __setstate__ on every subclass; ours checks the parts.
         cls.__setstate__ = _checked_setstate
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():
             return _dispatch_in_inference_mode(cls, func, types, args, kwargs)
         return cls._handler(func)(func, types, args, kwargs)
 
     @classmethod
-    def _handler(cls, func):
+    def _handler(cls, func: Any) -> Callable[..., Any]:
         handler = cls._ATEN_OP_TABLE[cls].get(func)
         if handler is None:
             fix = FLAT_BUFFERS if func.namespace == "c10d" else "Use .dequantize() first"
@@ -128,8 +133,8 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         fn: Callable[[Tensor, int], Tensor],
         shape: Sequence[int],
         block_size: Sequence[int],
-        act_pre_scale: object = _KEEP,
-    ):
+        act_pre_scale: Tensor | None = _KEEP,
+    ) -> Self:
         """A tensor of the same class with ``fn(part in storage order, unit)`` for each part."""
         group_size = self.group_size
         new = {
@@ -170,7 +175,8 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         dtype = output_dtype or self.dtype
         parts = self._weight_parts()
         if parts[0].ndim == 1:
-            return _dequantize(*(_column(p) for p in parts), self.group_size, dtype).squeeze(0)
+            qdata, scale, zero_point = map(_column, parts)
+            return _dequantize(qdata, scale, zero_point, self.group_size, dtype).squeeze(0)
         return _dequantize(*parts, self.group_size, dtype).movedim(-1, self.grouped_dim)
 
     def _quantization_type(self) -> str:
@@ -202,7 +208,7 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         """Bytes held, all parts together (``torch.Tensor.nbytes`` would count the logical ones)."""
         return sum(t.numel() * t.element_size() for t in self.data_tensors().values())
 
-    def share_memory_(self):
+    def share_memory_(self) -> Self:
         """Move every part to shared memory, as ``nn.Module.share_memory()`` asks."""
         for t in self.data_tensors().values():
             t.share_memory_()
@@ -212,7 +218,7 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         """Whether every part lies in shared memory."""
         return all(t.is_shared() for t in self.data_tensors().values())
 
-    def pin_memory(self):
+    def pin_memory(self) -> Self:
         """A copy whose parts lie in page-locked memory."""
         return self._apply_fn_to_data(lambda t: t.pin_memory())
 
@@ -221,7 +227,9 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         return all(t.is_pinned() for t in self.data_tensors().values())
 
 
-def _dispatch_in_inference_mode(cls, func, types, args, kwargs):
+def _dispatch_in_inference_mode(
+    cls: type[Int4TensorBase], func: Any, types: Any, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """What ``torch.inference_mode`` asks of a subclass beyond its ops.
 
     Composite ops arrive whole, to be taken apart here; and a view of a tensor made outside must
@@ -257,7 +265,7 @@ def _dequantize(
     return out
 
 
-def _checked_setstate(self: Int4TensorBase, state) -> None:
+def _checked_setstate(self: Int4TensorBase, state: Any) -> None:
     """Unpickling: parts that do not fit together raise, as they do in the constructor."""
     torch._utils._set_obj_state(self, state)
     for name in (*self.optional_tensor_data_names, *self.optional_tensor_attribute_names):
@@ -268,7 +276,7 @@ def _checked_setstate(self: Int4TensorBase, state) -> None:
             f"a stored {type(self).__name__} must hold {self.tensor_data_names}",
             f"none of {missing}",
         )
-    parts = (getattr(self, name) for name in self.tensor_data_names)
+    parts = self.qdata, self.scale, self.zero_point
     check_parts(type(self), *parts, self.block_size, self.shape, self.activation_dtype)
     if self.dtype != self.scale.dtype or self.device != self.qdata.device:
         raise errors.value(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from int4q.kernels.reference import pre_scaled
 from int4q.ops import SCALE_DTYPES, linear_parts
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.int4_tensor import Int4Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own, from Python 3.11 on
 
 _UNPACK = "Convert it with .to_int4_tensor() first"
 
@@ -50,7 +54,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         packing: str,
         act_pre_scale: Tensor | float | None = None,
         activation_dtype: torch.dtype | None = None,
-    ):
+    ) -> Self:
         """The wrapper, once the parts are checked; arguments as the class describes them."""
         cls._check_parts(qdata, scale_and_zero, block_size, shape, packing)
         return torch.Tensor._make_wrapper_subclass(
@@ -75,7 +79,14 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         self.activation_dtype = activation_dtype or self.activation_dtypes[0]
 
     @classmethod
-    def _check_parts(cls, qdata, scale_and_zero, block_size, shape, packing) -> None:
+    def _check_parts(
+        cls,
+        qdata: Tensor,
+        scale_and_zero: Tensor,
+        block_size: Sequence[int],
+        shape: Sequence[int],
+        packing: str,
+    ) -> None:
         cls._check_shape(shape, block_size, packing)
         (N, K), n_groups = shape, shape[1] // block_size[1]
         dtype = torch.int8 if packing == "rows" else torch.uint8
@@ -93,7 +104,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
                 raise errors.value(f"{name} must stay on the cpu", t.device, _UNPACK)
 
     @classmethod
-    def _check_shape(cls, shape, block_size, packing) -> None:
+    def _check_shape(cls, shape: Sequence[int], block_size: Sequence[int], packing: str) -> None:
         if packing not in cpu.PACKINGS:
             raise errors.value(f"packing must be one of {cpu.PACKINGS}", repr(packing))
         if len(shape) != 2 or geometry.grouped_dim(block_size) != 1:
@@ -162,7 +173,8 @@ class CpuPackedInt4Tensor(Int4TensorBase):
 
     def _weight_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.packing == "rows":
-            return self.qdata, *self.scale_and_zero.unbind(1)
+            scale, zero_point = self.scale_and_zero.unbind(1)
+            return self.qdata, scale, zero_point
         scale, zero_point = self.scale_and_zero.unbind(-1)
         return torch.ops.int4q.int4_cpu_unpack(self.qdata), scale, zero_point
 
@@ -171,7 +183,9 @@ class CpuPackedInt4Tensor(Int4TensorBase):
             return other
         return self.from_int4_tensor(other.to_int4_tensor(), self.packing)
 
-    def _rebuild(self, fn, shape, block_size, act_pre_scale=None):
+    def _rebuild(
+        self, fn: Any, shape: Sequence[int], block_size: Sequence[int], act_pre_scale: Any = None
+    ) -> NoReturn:
         raise errors.value(
             "a CPU-packed weight keeps its shape", f"{errors.dims(shape)} asked", _UNPACK
         )
@@ -186,7 +200,7 @@ class CpuPackedInt4Tensor(Int4TensorBase):
         )
         return y if bias is None else y + bias.to(y.dtype)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _repack, (self.to_int4_tensor(), getattr(self, "_is_param", False))
 
 
@@ -197,14 +211,14 @@ def _repack(plain: Int4Tensor, is_param: bool) -> CpuPackedInt4Tensor:
     return packed
 
 
-def _as_held(t: CpuPackedInt4Tensor):
+def _as_held(t: CpuPackedInt4Tensor) -> tuple[Any, ...]:
     """To another process of this machine the parts go as they are, in shared memory."""
     names, attributes = t.__tensor_flatten__()
     parts = {name: getattr(t, name) for name in names}
     return _from_held, (parts, attributes, getattr(t, "_is_param", False))
 
 
-def _from_held(parts, attributes, is_param: bool) -> CpuPackedInt4Tensor:
+def _from_held(parts: dict[str, Any], attributes: dict[str, Any], is_param: bool) -> Tensor:
     t = CpuPackedInt4Tensor(**parts, **attributes)
     return nn.Parameter(t, requires_grad=False) if is_param else t
 

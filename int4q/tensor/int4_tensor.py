@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from int4q.tensor import (  # noqa: F401  (registered before the subclasses)
 )
 from int4q.tensor.base import Int4TensorBase, quantize_weight
 from int4q.tensor.parts import Part
+
+if TYPE_CHECKING:
+    from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
 
 
 class Int4Tensor(Int4TensorBase):
@@ -87,7 +91,7 @@ class Int4Tensor(Int4TensorBase):
         return cls(qdata, scale, zero_point, block_size, w.shape, activation_dtype=activation_dtype)
 
     @classmethod
-    def from_torchao(cls, t) -> Int4Tensor:
+    def from_torchao(cls, t: TorchAOInt4Tensor) -> Int4Tensor:
         """Wrap torchao's own ``Int4Tensor``: the same parts, nothing copied.
 
         Raises:
@@ -107,7 +111,7 @@ class Int4Tensor(Int4TensorBase):
             activation_dtype=t.activation_dtype,
         )
 
-    def to_torchao(self):
+    def to_torchao(self) -> TorchAOInt4Tensor:
         """torchao's own ``Int4Tensor`` over the same parts, nothing copied.
 
         Raises:

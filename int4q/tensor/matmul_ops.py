@@ -155,7 +155,13 @@ def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
     return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
 
 
-def grouped_mm(x: Tensor, w: Int4TensorBase, offs: Tensor | None = None, bias=None, out_dtype=None):
+def grouped_mm(
+    x: Tensor,
+    w: Int4TensorBase,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Rows of ``x [T, K]`` sorted by expert times ``w [E, K, N]`` (a transposed stack).
 
     Args:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from int4q import errors, geometry
 from int4q.ops import SCALE_DTYPES
+
+if TYPE_CHECKING:
+    from int4q.tensor.base import Int4TensorBase
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,15 @@ class Part:
         return geometry.NIBBLES_PER_BYTE if self.nibbles else group_size
 
 
-def check_parts(cls, qdata, scale, zero_point, block_size, shape, activation_dtype) -> None:
+def check_parts(
+    cls: type[Int4TensorBase],
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    block_size: Sequence[int],
+    shape: Sequence[int],
+    activation_dtype: torch.dtype | None,
+) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the parts make one weight of layout ``cls``."""
     if len(block_size) != len(shape):
         raise errors.value(
@@ -60,7 +73,9 @@ def check_parts(cls, qdata, scale, zero_point, block_size, shape, activation_dty
         )
 
 
-def _check_part(cls, name: str, t: Tensor, storage: list[int], group_size: int) -> None:
+def _check_part(
+    cls: type[Int4TensorBase], name: str, t: Tensor, storage: list[int], group_size: int
+) -> None:
     if not isinstance(t, Tensor):
         raise errors.type_(f"{name} must be a tensor", type(t).__name__)
     part = cls.parts[name]
@@ -91,13 +106,17 @@ class ActPreScale:
     Reads find the instance's dictionary, at no cost: a descriptor without ``__get__``.
     """
 
-    def __set__(self, weight: Tensor, value: Tensor | float | None) -> None:
+    if TYPE_CHECKING:  # what a read gives
+
+        def __get__(self, weight: Int4TensorBase, owner: type[Int4TensorBase]) -> Tensor | None: ...
+
+    def __set__(self, weight: Int4TensorBase, value: Tensor | float | None) -> None:
         if value is not None:
             value = _pre_scale(value, weight)
         weight.__dict__["act_pre_scale"] = value
 
 
-def _pre_scale(value: Tensor | float, weight: Tensor) -> Tensor:
+def _pre_scale(value: Tensor | float, weight: Int4TensorBase) -> Tensor:
     K = weight.shape[weight.grouped_dim]
     rule = f"act_pre_scale must be a number or a floating-point tensor of 1 or {K} (K) entries"
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -44,7 +44,9 @@ def _ungrouped(self: Int4TensorBase, dim: int, what: str) -> tuple[int, int]:
 # --- slicing ------------------------------------------------------------------------------------
 
 
-def slice_dim(self: Int4TensorBase, dim: int, start: int | None, end: int | None, step: int = 1):
+def slice_dim(
+    self: Int4TensorBase, dim: int, start: int | None, end: int | None, step: int = 1
+) -> Int4TensorBase:
     """``self`` with ``[start:end:step]`` along logical ``dim``, as views of the parts."""
     dim = geometry.wrap_dim(dim, self.ndim)
     grouped, group_size, size = self.grouped_dim, self.group_size, self.shape[dim]
@@ -100,7 +102,7 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def select_index(self: Int4TensorBase, dim: int, index: int):
+def select_index(self: Int4TensorBase, dim: int, index: int) -> Int4TensorBase:
     """``self`` at ``index`` of logical ``dim``, one dim less, as views of the parts."""
     dim, storage_dim = _ungrouped(self, dim, "select")
     return self._rebuild(
@@ -122,7 +124,7 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def take(self: Int4TensorBase, dim: int, index: Tensor):
+def take(self: Int4TensorBase, dim: int, index: Tensor) -> Int4TensorBase:
     """Rows gathered by an index tensor: ``index``'s dims replace logical ``dim`` (a copy)."""
     dim, storage_dim = _ungrouped(self, dim, "indexing by a tensor")
     if index.dtype == torch.bool:
@@ -164,7 +166,7 @@ def _(func, types, args, kwargs):
 # --- permuting ----------------------------------------------------------------------------------
 
 
-def permute(self: Int4TensorBase, dims: Sequence[int]):
+def permute(self: Int4TensorBase, dims: Sequence[int]) -> Int4TensorBase:
     """Lazy: the grouped dim stays last in storage and ``block_size`` says where it is now."""
     dims = [geometry.wrap_dim(d, self.ndim) for d in dims]
     if sorted(dims) != list(range(self.ndim)):
@@ -177,7 +179,7 @@ def permute(self: Int4TensorBase, dims: Sequence[int]):
     )
 
 
-def transpose(self: Int4TensorBase, dim0: int, dim1: int):
+def transpose(self: Int4TensorBase, dim0: int, dim1: int) -> Int4TensorBase:
     """Two logical dims exchanged, lazily."""
     dims = list(range(self.ndim))
     dim0, dim1 = geometry.wrap_dim(dim0, self.ndim), geometry.wrap_dim(dim1, self.ndim)
@@ -225,10 +227,10 @@ def _check_same(tensors: Sequence[Int4TensorBase]) -> None:
 
 
 def _joined_pre_scale(tensors: Sequence[Int4TensorBase], along_groups: bool) -> Tensor | None:
-    scales = [t.act_pre_scale for t in tensors]
-    if all(s is None for s in scales):
+    scales = [t.act_pre_scale for t in tensors if t.act_pre_scale is not None]
+    if not scales:
         return None
-    if any(s is None for s in scales):
+    if len(scales) < len(tensors):
         raise errors.value("either every tensor of a cat has an act_pre_scale or none", "some do")
     if along_groups:
         return torch.cat(scales, dim=-1)

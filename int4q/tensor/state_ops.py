@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -13,6 +15,10 @@ from int4q.tensor.base import Int4TensorBase
 
 aten = torch.ops.aten
 implements = Int4TensorBase.implements
+
+# Descriptors; torch's stubs give the types of what they read.
+_DATA: Any = Tensor.data
+_REQUIRES_GRAD: Any = Tensor.requires_grad
 
 
 # --- copying, casting, comparing ------------------------------------------------------------------
@@ -105,7 +111,7 @@ def _(func, types, args, kwargs):
 # --- what a tensor is besides its values ----------------------------------------------------------
 
 
-@overrides(Tensor.data.__set__)
+@overrides(_DATA.__set__)
 def _set_data(self, data):
     """``weight.data = other`` shares ``other``'s parts; the class stays."""
     if type(data) is not type(self):
@@ -115,7 +121,7 @@ def _set_data(self, data):
             "Assign an nn.Parameter to the module instead",
         )
     with torch._C.DisableTorchFunctionSubclass():
-        Tensor.data.__set__(self, data)  # shape, dtype and device
+        _DATA.__set__(self, data)  # shape, dtype and device
     _, attributes = data.__tensor_flatten__()
     for name in (*data.tensor_data_names, *data.optional_tensor_data_names, *attributes):
         if name != "shape":
@@ -128,7 +134,7 @@ def _requires_grad_(self, requires_grad=True):
     return self
 
 
-@overrides(Tensor.requires_grad.__set__)
+@overrides(_REQUIRES_GRAD.__set__)
 def _set_requires_grad(self, requires_grad):
     return None
 

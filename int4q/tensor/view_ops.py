@@ -44,7 +44,7 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, aliased(out) if out is self else out)
 
 
-def aliased(self: Int4TensorBase):
+def aliased(self: Int4TensorBase) -> Int4TensorBase:
     """A new wrapper over the same parts."""
     return self._rebuild(lambda c, unit: c, self.shape, self.block_size)
 
@@ -52,7 +52,7 @@ def aliased(self: Int4TensorBase):
 # --- views ----------------------------------------------------------------------------------------
 
 
-def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False):
+def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False) -> Int4TensorBase:
     """``self`` with another shape that keeps every group whole.
 
     Args:
@@ -108,7 +108,8 @@ def _(func, types, args, kwargs):
 
 @implements(aten.reshape.default)
 def _(func, types, args, kwargs):
-    return view(*args, reshape=True)
+    self, size = args
+    return view(self, size, reshape=True)
 
 
 @overrides(torch.reshape, Tensor.reshape)

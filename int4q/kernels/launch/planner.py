@@ -12,7 +12,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,9 @@ class Plan:
         x, weight = parts.x, parts.weight
         self.device, self.dtype, self.index = x.device, x.dtype, x.device.index
         self.shape = x.shape[0], weight.N
-        self.scratch_bytes, self.launches = 0, []
-        self.params: ctypes.Array | None = None
+        self.scratch_bytes = 0
+        self.launches: list[nvrtc.Launch] = []
+        self.params: ctypes.Array[ctypes.c_char]  # what `fix` makes
         self._lock = threading.Lock()
 
     @property
@@ -84,7 +85,8 @@ class Plan:
         """Fill in the parameters that all calls share; ``stack``: those over experts."""
         x, weight, bias, pre_scale = parts
         qdata, scale = weight.qdata, weight.scale
-        self.params = ctypes.create_string_buffer(_OFFS_AT + (8 + len(stack) if stack else 0))
+        block = bytes(_OFFS_AT) + (bytes(8) + stack if stack else b"")
+        self.params = ctypes.create_string_buffer(block, len(block))
         _FIXED.pack_into(
             self.params,
             _POINTERS.size,
@@ -96,15 +98,14 @@ class Plan:
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
             0,
         )
-        if stack:
-            self.params[_OFFS_AT + 8 :] = stack
 
     def launch(
         self, module: nvrtc.Module, name: str, grid: int, block: int, shared_bytes: int = 0
     ) -> None:
         """Append a launch of the kernel ``name``; :meth:`fix` comes first."""
-        args = name, grid, block, shared_bytes, self.params, self.dependent
-        self.launches.append(module.prepare(*args))
+        self.launches.append(
+            module.prepare(name, grid, block, shared_bytes, self.params, self.dependent)
+        )
 
     def __call__(self, pointers: tuple[int, ...], offs: int = 0) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -150,7 +151,7 @@ class Planner:
         ndim: int = 2,
     ):
         self._title, self._unsupported, self._make, self._ndim = title, unsupported, make, ndim
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple[object, ...], Plan] = {}
 
     def __call__(
         self,
@@ -160,7 +161,7 @@ class Planner:
         act_pre_scale: Tensor | None = None,
         *,
         offs: Tensor | None = None,
-        **choices,
+        **choices: Any,
     ) -> Tensor:
         """``(x * act_pre_scale) @ W.T + bias``: ``[.., N]`` in x's dtype.
 
@@ -239,8 +240,8 @@ class Planner:
         if not x.is_cuda:
             raise ValueError(f"x must be on a CUDA device, got {x.device}")
         capability = torch.cuda.get_device_capability(x.device)
-        shape = x.numel() // max(K, 1), N, K, group_size
-        problem = Problem("int4_linear", "cuda", x.dtype, scale.dtype, *shape, capability)
+        sizes = x.numel() // max(K, 1), N, K, group_size
+        problem = Problem("int4_linear", "cuda", x.dtype, scale.dtype, *sizes, capability)
         if reason := self._unsupported(problem):
             raise ValueError(f"{self._title} cannot do this: {reason}")
         groups = [*qdata.shape[:-2], K // group_size, N]
@@ -270,7 +271,7 @@ class Planner:
                 raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
-def _tensors(parts: Parts) -> tuple:
+def _tensors(parts: Parts) -> tuple[Tensor | None, ...]:
     return parts.x, *parts.weight[:3], parts.bias, parts.pre_scale
 
 
