@@ -87,6 +87,13 @@ def _decode_unsupported(problem: Problem) -> str | None:
     return _not_compiled()
 
 
+def _rounded_unsupported(problem: Problem) -> str | None:
+    for name, dtype in (("x", problem.dtype), ("scale", problem.scale_dtype)):
+        if dtype != torch.bfloat16:
+            return f"{name} must be bfloat16, got {dtype}"
+    return _decode_unsupported(problem)
+
+
 def _small_batch_unsupported(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on cuda, not {problem.device}"
@@ -140,6 +147,12 @@ symmetric_decode = Kernel(
     KernelPreference.CUDA,
     _decode_unsupported,
     _lazy("cuda_decode", "symmetric_linear"),
+)
+rounded_decode = Kernel(
+    "cuda_decode",
+    KernelPreference.CUDA,
+    _rounded_unsupported,
+    _lazy("cuda_decode", "rounded_linear"),
 )
 decode_int8 = Kernel(
     "cuda_decode_w4a8",

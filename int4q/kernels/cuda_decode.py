@@ -3,16 +3,18 @@
     out[m, n] = sum_k x[m, k] * act_pre_scale[k] * value[n, k] + bias[n]
     value[n, k] = q[n, k] * scale[k // group_size, n] + zero_point[k // group_size, n]
 
-One source (``csrc/int4_decode.cu``) serves both scale layouts and both activation precisions:
+One source (``csrc/int4_decode.cu``) serves both scale layouts and three precisions:
 
 * W4A16: x as 16-bit integers that share a float32 scale per 128 elements, so each element is off
   by at most 2 ** -16 of its block's largest ``|x|``. Against float32 arithmetic on the same
   weights that is some 2e-5 of the result, hidden by the rounding of a bfloat16 or float16 output;
   for float32 x it is the error.
 * W4A8: x as int8 per 32 elements, ``d = amax / 127`` in float32, ``q = round_half_even(x / d)``.
+* Rounded (``int4_matmul``): symmetric weights rounded to bfloat16, bfloat16 x as it is.
 
-The products are exact integers, the scales are applied in float32 and float32 sums are rounded
-once, to x's dtype. A block of x with NaN or Inf in it makes the outputs of that row NaN.
+The products of the first two are exact integers, the scales are applied in float32; float32 sums
+are rounded once, to x's dtype. A block of x with NaN or Inf makes its row's outputs NaN.
+Rounded weights meet x in bfloat16 tensor cores; NaN and Inf go the way they do in a matrix product.
 
 On sm_90 the weights are read while the kernel in front on the stream may still be running
 (programmatic dependent launch). That is right unless that very kernel writes the weights *and*
@@ -38,6 +40,8 @@ STEP_K = 256
 """k that a warp multiplies at a time (one ring stage)."""
 ROW_UNIT = 4
 """Rows are dealt to thread blocks in units of 4, which keeps scale copies of 8 bytes aligned."""
+ROUNDED_ROW_UNIT = 8
+"""The same for rounded weights, which a block unpacks 8 rows at a time."""
 
 _ACTIVATION_BITS = {torch.bfloat16: 16, torch.int8: 8}
 _SOURCE_FILE = Path(__file__).parent / "csrc" / "int4_decode.cu"
@@ -117,6 +121,23 @@ def choose_config(
     return best
 
 
+def choose_rounded_config(M: int, N: int, sm_count: int) -> Config:
+    """The configuration for rounded weights, as tuned on an H200.
+
+    Unpacking is what binds on large N: few rows past a tile's end, and warps enough to hide it.
+    """
+    rows = N / sm_count  # of one SM
+    if rows <= 8:
+        return Config(16, 1, 2, 1)
+    if rows <= 32:
+        return Config(8, 2, 2, 1)
+    if M > 8:
+        return Config(8, 3, 2, 2)
+    if M > 4:
+        return Config(4, 2, 3, 3)
+    return Config(8, 2, 2, 2)
+
+
 def unsupported(
     M: int,
     N: int,
@@ -172,7 +193,25 @@ def symmetric_linear(x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: i
     """
     scale = w_scale.mT
     parts = (x, w_packed, scale, scale, None, None)
-    return _linear(parts, group_size, torch.bfloat16, None, True)
+    return _planner(parts, group_size, True, torch.bfloat16, None)
+
+
+def rounded_linear(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int, config: Config | None = None
+) -> Tensor:
+    """:func:`symmetric_linear` with weights rounded to bfloat16, ``bf16((u - 8) * scale)``.
+
+    Args:
+        x: bfloat16 ``[M, K]``, at most 16 rows.
+        w_packed: int8 ``[N, K/2]``, offset-binary nibbles ``u``, the even one low.
+        w_scale: bfloat16 ``[N, n_groups]``.
+        config: the tile, by default the table's.
+    """
+    if x.data_ptr() % 16 or x.stride(0) % 8:  # the kernel loads 16 bytes of a row at a time
+        x = x.clone(memory_format=torch.contiguous_format)
+    scale = w_scale.mT
+    parts = (x, w_packed, scale, scale, None, None)
+    return _planner(parts, group_size, True, torch.bfloat16, config, True)
 
 
 def _linear(
@@ -180,10 +219,9 @@ def _linear(
     group_size: int,
     activation: torch.dtype,
     config: Config | MatvecConfig | None,
-    symmetric: bool = False,
 ) -> Tensor:
     """``linear``, with the choice of a configuration."""
-    return _planner(parts, group_size, symmetric, activation, config)
+    return _planner(parts, group_size, False, activation, config)
 
 
 def _scale_copy_bytes(
@@ -212,14 +250,21 @@ class _Ring:
     scale_item: int
     scale_copy: int
     coalesced: bool
+    symmetric: bool = False
+    rounded: bool = False
+
+    @property
+    def limbs(self) -> int:
+        """Columns of an activation row."""
+        return 1 if self.rounded else self.bits // 8
 
     @property
     def col_tiles(self) -> int:
-        return -(-self.M * self.bits // 64)
+        return -(-self.M * self.limbs // 8)
 
     @property
     def sums(self) -> int:
-        return self.col_tiles * 64 // self.bits
+        return self.col_tiles * 8 // self.limbs
 
     @property
     def x_block(self) -> int:
@@ -229,7 +274,7 @@ class _Ring:
     def split(self) -> int:
         """The largest power of two of columns for one activation row."""
         split, units = 1, STEP_K // min(self.group_size, self.x_block)
-        if not self.scale_copy or self.col_tiles > 1:
+        if not self.scale_copy or self.col_tiles > 1 or self.rounded:
             return 1
         while 2 * split * self.M <= self.sums and 2 * split <= units:
             split *= 2
@@ -238,7 +283,10 @@ class _Ring:
 
     @property
     def table_bytes(self) -> int:
-        """The quantised activations with their scales and sums."""
+        """The quantised activations with their scales and sums; x in the product's order."""
+        if self.rounded:
+            rows = 8 * self.col_tiles if self.col_tiles > 1 else 0
+            return -(-self.K // STEP_K) * STEP_K * 2 * rows
         if self.split > 1:
             factors = 2 * STEP_K // min(self.group_size, self.x_block)
         else:
@@ -248,7 +296,8 @@ class _Ring:
 
     def shared_bytes(self, config: Config) -> int:
         rows = 16 * config.row_tiles
-        scales = 2 * rows * (STEP_K // self.group_size) * self.scale_item if self.scale_copy else 0
+        tensors = (1 if self.symmetric else 2) if self.scale_copy else 0  # that are copied
+        scales = tensors * rows * (STEP_K // self.group_size) * self.scale_item
         stage = rows * 128 + -(-scales // 128) * 128
         partial = 8 * config.warps * rows * self.sums
         return config.warps * config.stages * stage + partial + self.table_bytes * config.fused
@@ -287,6 +336,7 @@ class _Plan:
         symmetric: bool,
         activation: torch.dtype,
         config: Config | MatvecConfig | None,
+        rounded: bool = False,
     ):
         if activation not in _ACTIVATION_BITS:
             raise ValueError(
@@ -297,12 +347,14 @@ class _Plan:
         self.device, self.dtype, self.shape = x.device, x.dtype, (M, N)
         self.index = x.device.index
         self.lock = threading.Lock()
-        self.table_bytes, self.quantise, self.product = 0, None, None
+        self.table_bytes, self.prepare, self.product = 0, None, None
         self.config = config
         if M * N == 0:
             return
         properties, bits = torch.cuda.get_device_properties(x.device), _ACTIVATION_BITS[activation]
         sms = properties.multi_processor_count
+        if config is None and rounded:
+            config = choose_rounded_config(M, N, sms)
         self.config = config = config or choose_config(M, N, K, group_size, bits, sms)
         self.dependent = properties.major >= 9
         self.params = ctypes.create_string_buffer(_POINTERS.size + _FIXED.size)
@@ -313,16 +365,19 @@ class _Plan:
             "SCALE_TYPE": TYPE_CODES[scale.dtype],
             "PDL": int(self.dependent),
             "SYMMETRIC": int(symmetric),
+            "ROUNDED": int(rounded),
+            "PREFETCH": int(rounded and M > 4),
             "MIN_CTAS": config.ctas_per_sm,
         }
-        units = -(-N // ROW_UNIT)
+        row_unit = ROUNDED_ROW_UNIT if rounded else ROW_UNIT
+        units = -(-N // row_unit)
         grid = min(units, sms * config.ctas_per_sm)
         _FIXED.pack_into(
             self.params,
             _POINTERS.size,
             *(qdata.stride(0), scale.stride(1), scale.stride(0), x.stride(0)),
             *(M, N, K),
-            *(ROW_UNIT, units // grid, units % grid),
+            *(row_unit, units // grid, units % grid),
             0 if bias is None else TYPE_CODES[bias.dtype],
             0 if pre_scale is None else TYPE_CODES[pre_scale.dtype],
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
@@ -355,12 +410,13 @@ class _Plan:
         (M, N), n_groups, item = self.shape, scale.shape[0], scale.element_size()
         group_size = defines["GROUP"]
         coalesced = scale.stride(0) == 1 and scale.stride(1) != 1
+        symmetric, rounded = bool(defines["SYMMETRIC"]), bool(defines["ROUNDED"])
         copy = 0
-        if coalesced or scale.stride(1) == 1:
+        if coalesced or (scale.stride(1) == 1 and not rounded):
             line = (n_groups, scale.stride(1)) if coalesced else (N, scale.stride(0))
             copy = _scale_copy_bytes(coalesced, STEP_K // group_size, item, *line, pointer_bits)
         K, bits = n_groups * group_size, defines["ACT_BITS"]
-        ring = _Ring(M, K, group_size, bits, item, copy, coalesced)
+        ring = _Ring(M, K, group_size, bits, item, copy, coalesced, symmetric, rounded)
         self.config = config = ring.fit(
             self.config,
             properties.shared_memory_per_block_optin,
@@ -379,10 +435,12 @@ class _Plan:
         }
         module = nvrtc.load(_source(), defines, self.index)
         rest = self.params, self.dependent
-        if not config.fused:
+        if ring.table_bytes and not config.fused:
             self.table_bytes = ring.table_bytes
-            warps = -(-ring.K // STEP_K) * M
-            self.quantise = module.prepare("quantise_activations", -(-warps // 4), 128, 0, *rest)
+            rows = 8 * ring.col_tiles if rounded else M
+            warps = -(-ring.K // STEP_K) * rows
+            name = "arrange_activations" if rounded else "quantise_activations"
+            self.prepare = module.prepare(name, -(-warps // 4), 128, 0, *rest)
         shared = ring.shared_bytes(config)
         self.product = module.prepare("int4_decode", grid, 32 * config.warps, shared, *rest)
 
@@ -406,8 +464,8 @@ class _Plan:
             table = scratch.data_ptr()
         with self.lock:
             _POINTERS.pack_into(self.params, 0, *pointers, out.data_ptr(), table)
-            if self.quantise is not None:
-                self.quantise(stream)
+            if self.prepare is not None:
+                self.prepare(stream)
             self.product(stream)
 
 

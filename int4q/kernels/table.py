@@ -89,7 +89,7 @@ register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(refere
 register(
     "int4_matmul",
     cuda.symmetric_small_batch,
-    cuda.symmetric_decode,
+    cuda.rounded_decode,
     cuda.symmetric_gluon,
     cuda.symmetric_dequantized,
     cuda.symmetric_matmul,
