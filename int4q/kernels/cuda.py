@@ -72,12 +72,16 @@ def _not_compiled() -> str | None:
     return _module("nvrtc").unavailable() if torch.cuda.is_available() else None
 
 
-def _decode_unsupported(problem: Problem) -> str | None:
+def _decode_cannot(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on cuda, not {problem.device}"
     shape = problem.M, problem.N, problem.K, problem.group_size
     facts = problem.dtype, problem.scale_dtype, problem.capability
-    if reason := _module("cuda_decode").unsupported(*shape, *facts):
+    return _module("cuda_decode").unsupported(*shape, *facts)
+
+
+def _decode_unsupported(problem: Problem) -> str | None:
+    if reason := _decode_cannot(problem):
         return reason
     if problem.M > 8 and problem.capability[0] == 9 and problem.dtype != torch.float32:
         # Measured on sm_90: from here the wgmma kernel wins on large N and on small groups.
@@ -91,7 +95,7 @@ def _rounded_unsupported(problem: Problem) -> str | None:
     for name, dtype in (("x", problem.dtype), ("scale", problem.scale_dtype)):
         if dtype != torch.bfloat16:
             return f"{name} must be bfloat16, got {dtype}"
-    return _decode_unsupported(problem)
+    return _decode_cannot(problem) or _not_compiled()
 
 
 def _small_batch_unsupported(problem: Problem) -> str | None:

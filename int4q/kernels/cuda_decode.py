@@ -121,21 +121,24 @@ def choose_config(
     return best
 
 
-def choose_rounded_config(M: int, N: int, sm_count: int) -> Config:
+def choose_rounded_config(M: int, N: int, group_size: int, sm_count: int) -> Config:
     """The configuration for rounded weights, as tuned on an H200.
 
-    Unpacking is what binds on large N: few rows past a tile's end, and warps enough to hide it.
+    Unpacking binds on large N: what decides is how well rows fill tiles.
     """
     rows = N / sm_count  # of one SM
+
+    def fill(config: Config) -> float:
+        tiles = rows / config.ctas_per_sm / (16 * config.row_tiles)
+        return tiles / math.ceil(tiles)
+
     if rows <= 8:
         return Config(16, 1, 2, 1)
     if rows <= 32:
-        return Config(8, 2, 2, 1)
+        return Config(8, 2, 2, 1) if M <= 2 else Config(8, 1, 2, 2)
     if M > 8:
-        return Config(8, 3, 2, 2)
-    if M > 4:
-        return Config(4, 2, 3, 3)
-    return Config(8, 2, 2, 2)
+        return Config(4, 2, 2, 3) if group_size >= 128 else Config(4, 3, 2, 2)
+    return max(Config(4, 2, 2, 4), Config(8, 2, 2, 2), key=fill)
 
 
 def unsupported(
@@ -285,8 +288,7 @@ class _Ring:
     def table_bytes(self) -> int:
         """The quantised activations with their scales and sums; x in the product's order."""
         if self.rounded:
-            rows = 8 * self.col_tiles if self.col_tiles > 1 else 0
-            return -(-self.K // STEP_K) * STEP_K * 2 * rows
+            return -(-self.K // STEP_K) * STEP_K * 2 * 8 * self.col_tiles * (self.M > 2)
         if self.split > 1:
             factors = 2 * STEP_K // min(self.group_size, self.x_block)
         else:
@@ -354,7 +356,7 @@ class _Plan:
         properties, bits = torch.cuda.get_device_properties(x.device), _ACTIVATION_BITS[activation]
         sms = properties.multi_processor_count
         if config is None and rounded:
-            config = choose_rounded_config(M, N, sms)
+            config = choose_rounded_config(M, N, group_size, sms)
         self.config = config = config or choose_config(M, N, K, group_size, bits, sms)
         self.dependent = properties.major >= 9
         self.params = ctypes.create_string_buffer(_POINTERS.size + _FIXED.size)
@@ -366,7 +368,6 @@ class _Plan:
             "PDL": int(self.dependent),
             "SYMMETRIC": int(symmetric),
             "ROUNDED": int(rounded),
-            "PREFETCH": int(rounded and M > 4),
             "MIN_CTAS": config.ctas_per_sm,
         }
         row_unit = ROUNDED_ROW_UNIT if rounded else ROW_UNIT
@@ -432,6 +433,7 @@ class _Plan:
             "WARPS": config.warps,
             "ROW_TILES": config.row_tiles,
             "STAGES": config.stages,
+            "ARRANGED": int(rounded and ring.table_bytes > 0),
         }
         module = nvrtc.load(_source(), defines, self.index)
         rest = self.params, self.dependent

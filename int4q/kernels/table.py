@@ -88,8 +88,8 @@ register("int4_cpu_packed_linear", cpu.packed, cpu.unpacking)
 register("dequantize", cuda.dequantize, cpu.native_dequantize, _reference(reference.dequantize))
 register(
     "int4_matmul",
-    cuda.symmetric_small_batch,
     cuda.rounded_decode,
+    cuda.symmetric_small_batch,
     cuda.symmetric_gluon,
     cuda.symmetric_dequantized,
     cuda.symmetric_matmul,

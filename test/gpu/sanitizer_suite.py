@@ -3,16 +3,33 @@
     compute-sanitizer --tool memcheck  python test/gpu/sanitizer_suite.py
     compute-sanitizer --tool racecheck python test/gpu/sanitizer_suite.py
     compute-sanitizer --tool initcheck python test/gpu/sanitizer_suite.py
+    compute-sanitizer --tool synccheck python test/gpu/sanitizer_suite.py
 
-Tails in every dim, both layouts, groups 32 and 128; each result is compared with the reference.
+(with PYTORCH_NO_CUDA_MEMORY_CACHING=1, which gives every tensor an allocation of its own). Tails in
+every dim, both layouts, groups 32 and 128; each result is compared with the reference. Numbers as
+arguments run a part: the shape of that index, or the stacks of weights after the last one.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
-from int4q.kernels import cuda_experts, cuda_small_batch, gluon_experts, triton_experts
+from int4q.kernels import (
+    cuda_decode,
+    cuda_experts,
+    cuda_small_batch,
+    gluon_experts,
+    gluon_matmul,
+    reference,
+    triton_experts,
+    triton_fp8,
+    triton_matmul,
+    triton_matvec,
+)
 from int4q.kernels.cuda_small_batch import Config
+from int4q.packing import signed_to_offset
 
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
 
@@ -50,6 +67,46 @@ def experts() -> None:
             check(f"bmm {name}", torch.bmm(batch, t), batch.double() @ w.mT, 1e-2)
 
 
+def symmetric(shape, x, plain) -> None:
+    """The ops on symmetric weights, by every kernel that takes them, and their gradients."""
+    group_size, M = plain.group_size, x.shape[0]
+    packed, scale = signed_to_offset(plain.qdata).cuda(), plain.scale.mT.contiguous().cuda()
+    w = reference.dequantize_symmetric(packed, scale, group_size)
+    got = torch.ops.int4q.dequant_w4_to_bf16(packed, scale, group_size)
+    check(f"dequant_w4_to_bf16 {shape}", got, w.double(), 1e-9)
+    exact = x.double() @ w.double().mT
+    parts = x, packed, scale, group_size
+    runs = {
+        "op": torch.ops.int4q.int4_matmul,
+        "Gluon": gluon_matmul.int4_matmul,
+        "Triton": triton_matmul.int4_matmul,
+    }
+    if M <= cuda_small_batch.MAX_M:
+        runs["small batch"] = cuda_small_batch.symmetric_linear
+    if M <= cuda_decode.MAX_M:
+        runs["decode"] = cuda_decode.rounded_linear
+    for name, run in runs.items():
+        check(f"int4_matmul {name} {shape}", run(*parts), exact, 1e-2)
+    if M <= cuda_decode.MAX_M:
+        turned = scale.mT.contiguous().mT  # no copy fits these scales
+        for config in (cuda_decode.Config(4, 3, 2, 1), cuda_decode.Config(2, 2, 3, 2)):
+            for scales in (scale, turned):
+                got = cuda_decode.rounded_linear(x, packed, scales, group_size, config)
+                check(f"int4_matmul {config} {shape}", got, exact, 1e-2)
+    for name, run in (("op", torch.ops.int4q.int4_matvec), ("Triton", triton_matvec.int4_matvec)):
+        got = run(x[:1].contiguous(), *parts[1:])
+        check(f"int4_matvec {name} {shape}", got, exact[:1], 1e-2)
+
+    weights, scales = packed.view(torch.uint8), scale.mT
+    got = torch.ops.int4q.linear_q4gsw(x.float(), weights, scales, group_size)
+    check(f"linear_q4gsw {shape}", got, exact, 1e-2)
+    got = torch.ops.int4q.linear_q4gsw_backward(exact.float(), weights, scales, group_size)
+    check(f"linear_q4gsw_backward {shape}", got, exact @ w.double(), 1e-2)
+    values, rows = triton_fp8.fp8_rows(x)
+    expected = reference.fp8_rows(x)
+    check(f"fp8 rows {shape}", values * rows, (expected[0] * expected[1]).double(), 1e-9)
+
+
 def on_two_streams(x, weight):
     """What one stream computes while another does the same, and what it computes alone."""
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -63,10 +120,11 @@ def on_two_streams(x, weight):
     return torch.cat(both), torch.cat([alone, alone]).double()
 
 
-def main() -> None:
+def main(sections: list[int]) -> None:
     torch.manual_seed(0)
-    experts()
-    for M, N, K in SHAPES:
+    if len(SHAPES) in sections:
+        experts()
+    for M, N, K in (SHAPES[i] for i in sections if i < len(SHAPES)):
         group_size = 128 if K % 128 == 0 else 32
         w = torch.randn(N, K).bfloat16()
         x = torch.randn(M, K).bfloat16().cuda()
@@ -90,17 +148,15 @@ def main() -> None:
             for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
                 got = cuda_small_batch._run(parts, group_size, False, config)
                 check(f"small batch {config} {shape}", got, exact, 1e-2)
-        packed = (plain.qdata ^ -0x78).cuda()
-        scale = plain.scale.mT.contiguous().cuda()
-        symmetric = exact - F.linear(
-            x.double(), plain.zero_point.mT.double().repeat_interleave(group_size, 1).cuda()
-        )
-        got = torch.ops.int4q.int4_matmul(x, packed, scale, group_size)
-        check(f"symmetric {shape}", got, symmetric, 1e-2)
+        symmetric(shape, x, plain)
         dequantized = plain.cuda().dequantize()
         check(f"dequantize {shape}", dequantized.cpu(), plain.dequantize(torch.float64), 1e-2)
+        parts = (exact.bfloat16(), *plain.cuda()._weight_parts(), group_size)
+        got = torch.ops.int4q.int4_linear_backward(*parts)
+        back = exact.bfloat16().double() @ plain.cuda().dequantize(torch.float64)
+        check(f"gradient {shape}", got, back, 1e-2)
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main([int(section) for section in sys.argv[1:]] or list(range(len(SHAPES) + 1)))

@@ -31,7 +31,7 @@
 //   PDL          1: programmatic dependent launch (needs sm_90)
 //   SYMMETRIC    1: nibbles are offset binary (q + 8) and there are no zero points; `zero_point` is not read
 //   ROUNDED      1: weights rounded to bfloat16, see above; SYMMETRIC, x and scales bfloat16, rows of x on 16-byte boundaries,
-//                no act_pre_scale; else 0. With it PREFETCH, 1: x is loaded a step ahead
+//                no act_pre_scale; else 0. With it ARRANGED, 1: arrange_activations has put x into `table`
 //   MATVEC       1: build int4_matvec (M == 1, at the end of this file) instead of the above; it has ROW_BLOCK and UNROLL and
 //                ignores COALESCED, COL_TILES, SPLIT, FUSED, ROW_TILES and STAGES; SCALE_VEC there is 1 if the scales of
 //                ROW_BLOCK rows may be loaded as one vector (plain layout), else 0
@@ -52,7 +52,9 @@
 #ifndef ROUNDED
 #define ROUNDED 0
 #endif
-#define ARRANGED (ROUNDED && COL_TILES > 1)
+#ifndef ARRANGED
+#define ARRANGED 0
+#endif
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -254,6 +256,17 @@ template <int n> __device__ __forceinline__ u32 magnitude(const float (&f)[n]) {
 }
 // Quantises values whose block has the magnitude `amax_bits`; returns the scale d. q[i] holds BIAS + the integer: adding
 // 1.5 * 2^23 to a float rounds it, half to even, into the low bits.
+//
+// The integers fit. 16 bits: `inverse` is 32639 / amax rounded, so at most (32639 / amax) * (1 + 2^-24), no subnormal for any
+// finite amax; the fma rounds once, so |q| is at most the integer next to 32639 + 2^-9: 32639. That is the largest for which
+// (q + 128) >> 8, the limb above a signed low byte, is an int8: 32767 >> 8 = 127, and 32640 would give 128. (An amax clamped to
+// 1e-30 only makes |q| smaller.) 8 bits: d is amax / 127 rounded; where it is normal, |x| / d <= 127 * (1 + 2^-23), next to 127;
+// where it is subnormal it may be off by more, and there the integer is clamped.
+// The sums fit. A product is at most 128 * 128 = 2^14 (16 * a nibble, a limb). A unit has at most 128 k: 2^21 a limb, and
+// 256 * hi + lo below 2^29 + 2^21. The 32 k of a thread of int4_matvec: 2^19 for the upper limb, 2^27 shifted, and
+// 32 * 128 * 255 < 2^20 for its unsigned lower one. Sums of q, at most 128 * 32639 < 2^22, are exact in float32.
+// The scales fit. d / 16 of amax = 1e-30 is 1.9e-36: times a weight scale down to 1e-2 it is still normal. d * (sum of q) is at
+// most 128 * amax: finite for amax up to 2^120.
 constexpr u32 BIAS = 0x4b400000u;
 template <int n> __device__ __forceinline__ float to_integers(const float (&f)[n], u32 amax_bits, u32 (&q)[n]) {
     const float magic = __uint_as_float(BIAS);
@@ -408,11 +421,11 @@ extern "C" __global__ void quantise_activations(const __grid_constant__ Params p
 // A nibble u in the low bits of a bf16, at bit 0 or 4, is the number u * 2^-133 or u * 2^-129: bfloat16 has no seam between its
 // subnormal and its first normal numbers. One fma, exact, makes (u - 8) / 64 or (u - 8) / 4 of it, and one product with scale or
 // scale / 16 rounds it to bf16(q * scale) / 64; the sums take the 64 back. Dividing by powers of two is exact but for subnormal
-// results: weights are off by at most 2^-127, and only those below 2^-119 are off at all. Weights past the largest bfloat16 stay
+// results: weights are off by at most 2^-126, and only those below 2^-119 are off at all. Weights past the largest bfloat16 stay
 // finite.
 //
-// The nibbles of a word pair up as k (0, 4), (1, 5), (2, 6), (3, 7), so x does too. With more than 8 rows the loads of x from L2
-// are what binds, and a small kernel puts them in the order of the lanes; with fewer it would cost more than it saves.
+// The nibbles of a word pair up as k (0, 4), (1, 5), (2, 6), (3, 7), so x does too: from 3 rows on, where every warp reads much of
+// it, a small kernel has put it into the order of the lanes (ARRANGED); for fewer that would cost more than it saves.
 // ------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint4 as_nibble_pairs(uint4 v) {  // 8 consecutive k
     return make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
@@ -564,28 +577,26 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
 #endif
 #if ROUNDED
     // A lane holds 8 k of each chunk of 32, of column i8. Columns past the last row of x repeat that row: nobody reads their sums.
-    uint4 x_next[8][COL_TILES];
-    auto load_x = [&](int step) {
+    auto load_x = [&](int step, uint4 (&x)[8][COL_TILES]) {
         #pragma unroll
         for (int n = 0; n < COL_TILES; n++) {
 #if ARRANGED
             const char* from = p.table + ((i64)step * 8 * COL_TILES + n) * 512 + lane * 16;
             #pragma unroll
-            for (int e = 0; e < 8; e++) x_next[e][n] = *(const uint4*)(from + e * (COL_TILES * 512));
+            for (int e = 0; e < 8; e++) x[e][n] = *(const uint4*)(from + e * (COL_TILES * 512));
 #else
             const char* from = p.x + (min(n * 8 + i8, p.M - 1) * p.x_row + step * STEP_K + t4 * 8) * 2;
             const int chunks = (p.K >> 5) - step * 8;
             if (chunks >= 8) {
                 #pragma unroll
-                for (int e = 0; e < 8; e++) x_next[e][n] = *(const uint4*)(from + e * 64);
+                for (int e = 0; e < 8; e++) x[e][n] = *(const uint4*)(from + e * 64);
             } else {
                 #pragma unroll
-                for (int e = 0; e < 8; e++) x_next[e][n] = e < chunks ? *(const uint4*)(from + e * 64) : make_uint4(0, 0, 0, 0);
+                for (int e = 0; e < 8; e++) x[e][n] = e < chunks ? *(const uint4*)(from + e * 64) : make_uint4(0, 0, 0, 0);
             }
 #endif
         }
     };
-    if (PREFETCH) load_x(warp % steps);
 #elif FUSED
     const Table table = table_at(shared + WARPS * RING_BYTES + PARTIAL_BYTES, steps);
     constexpr int BATCH = 4;  // loads in flight
@@ -642,7 +653,8 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         for (; step < steps; step += WARPS) {
             // Activations of this step: operands and factors.
 #if ROUNDED
-            if (!PREFETCH) load_x(step);
+            uint4 x[8][COL_TILES];
+            load_x(step, x);
 #else
             uint4 x[4][COL_TILES];
             const char* x_from = x_lane + (i64)step * VALUES_STEP;
@@ -753,16 +765,12 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 ldmatrix_x4(w[r], shared_address + stage + (matrix_row + r * ROW_TILE) * 128 + (((e + matrix_chunk) ^ (lane & 7)) << 4));
             };
 #if ROUNDED
-            uint4 x[8][COL_TILES];
+#if !ARRANGED
             #pragma unroll
             for (int e = 0; e < 8; e++)
                 #pragma unroll
-                for (int n = 0; n < COL_TILES; n++) x[e][n] = ARRANGED ? x_next[e][n] : as_nibble_pairs(x_next[e][n]);
-            if (PREFETCH) {
-                int next = step + WARPS;
-                while (next >= steps) next -= steps;
-                load_x(next);
-            }
+                for (int n = 0; n < COL_TILES; n++) x[e][n] = as_nibble_pairs(x[e][n]);
+#endif
             auto multiply = [&](int r, int e, int halves) {  // row tile r (one half of its rows or both), chunk e
                 if (e % 2 == 0) load_chunks(r, e);
                 u32 weights[2][4] = {};  // of both row halves: pairs of k (0, 4), (1, 5), (2, 6), (3, 7) of 8
