@@ -20,6 +20,8 @@ from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.bench import timing
 from int4q.bench.peers import PEERS, Peer
 from int4q.bench.shapes import GROUPS, ROWS, SETS, Shape
+from int4q.kernels import reference
+from int4q.kernels.weight import Weight
 from int4q.packing import signed_to_offset
 
 OURS = ("int4q plain", "int4q coalesced W4A16", "int4q coalesced W4A8", "int4q symmetric")
@@ -35,7 +37,7 @@ def _ours(t: Int4Tensor, n: int) -> dict[str, object]:
     symmetric = [(signed_to_offset(t.qdata), t.scale.mT.contiguous()) for t in plain]
 
     def symmetric_calls(x: Tensor):
-        op = torch.ops.int4q.int4_matvec if x.shape[0] == 1 else torch.ops.int4q.int4_matmul
+        op = torch.ops.int4q.int4_matmul
         return [lambda s=s: op(x, *s, t.group_size) for s in symmetric]
 
     return {
@@ -61,8 +63,8 @@ class Bench:
         n = timing.copies(t.qdata.nbytes)
         self.weight_bytes, self.original = t.nbytes, w
         self.values = t.dequantize(torch.float32)
-        symmetric = t.zero_point.float().mT.repeat_interleave(group_size, dim=1)
-        self.symmetric_values = self.values - symmetric
+        symmetric = Weight(t.qdata, t.scale, None, group_size)
+        self.symmetric_values = reference.dequantize(symmetric, torch.bfloat16).float()
         self.calls = {k: v for k, v in _ours(t, n).items() if k in ours}
         self.problems: dict[str, str] = {}
         self.peers = {}

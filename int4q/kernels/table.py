@@ -110,8 +110,8 @@ register(
 # Symmetric weights in offset binary. The first op rounds them to bfloat16, the others do not.
 register(
     "int4_matmul",
+    cuda.DECODE_ROUNDED,
     cuda.SMALL_BATCH,
-    cuda.DECODE,
     triton.GLUON,
     triton.DEQUANTIZED,
     triton.MATMUL,

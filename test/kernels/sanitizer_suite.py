@@ -1,21 +1,33 @@
 """A small suite of every GPU kernel, to be run under NVIDIA's checker:
 
-    compute-sanitizer --tool memcheck  python test/gpu/sanitizer_suite.py
-    compute-sanitizer --tool racecheck python test/gpu/sanitizer_suite.py
-    compute-sanitizer --tool initcheck python test/gpu/sanitizer_suite.py
+    compute-sanitizer --tool memcheck  python test/kernels/sanitizer_suite.py
+    compute-sanitizer --tool racecheck python test/kernels/sanitizer_suite.py
+    compute-sanitizer --tool initcheck python test/kernels/sanitizer_suite.py
+    compute-sanitizer --tool synccheck python test/kernels/sanitizer_suite.py
 
-Tails in every dim, both layouts, groups 32 and 128; each result is compared with the reference.
+(with PYTORCH_NO_CUDA_MEMORY_CACHING=1, which gives every tensor an allocation of its own). Tails in
+every dim, both layouts, groups 32 and 128; each result is compared with the reference. Numbers as
+arguments run a part: the shape of that index, or the stacks of weights after the last one.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
+from int4q.kernels import reference
+from int4q.kernels.cuda import decode as cuda_decode
 from int4q.kernels.cuda import experts as cuda_experts
 from int4q.kernels.cuda import small_batch as cuda_small_batch
 from int4q.kernels.cuda.small_batch import Config
 from int4q.kernels.triton import experts as triton_experts
-from int4q.kernels.triton import gluon_experts
+from int4q.kernels.triton import fp8 as triton_fp8
+from int4q.kernels.triton import gluon_experts, gluon_matmul
+from int4q.kernels.triton import matmul as triton_matmul
+from int4q.kernels.triton import matvec as triton_matvec
+from int4q.kernels.weight import Weight
+from int4q.packing import signed_to_offset
 
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
 
@@ -42,15 +54,53 @@ def experts() -> None:
             back[low:high] = exact[low:high].bfloat16().double() @ w[expert]
         coalesced = CudaCoalescedInt4Tensor.from_int4_tensor(plain, torch.bfloat16)
         for name, t in (("plain", plain.cuda()), ("coalesced", coalesced.cuda())):
-            parts = (*t._weight_parts(), group_size)
+            weight = Weight(*t._weight_parts(), group_size)
             for run in (cuda_experts, gluon_experts, triton_experts):
-                y = run.int4_grouped_mm(x, *parts, offs)
+                y = run.int4_grouped_mm(x, weight, offs)
                 check(f"{run.__name__} {name} T={T}", y, exact, 1e-2)
             grad = exact.bfloat16()
-            y = triton_experts.int4_grouped_mm_backward(grad, *parts, offs)
+            y = triton_experts.int4_grouped_mm_backward(grad, weight, offs)
             check(f"gradient {name} T={T}", y, back, 1e-2)
             batch = x[: T // 4 * 4].view(4, -1, K)
             check(f"bmm {name}", torch.bmm(batch, t), batch.double() @ w.mT, 1e-2)
+
+
+def symmetric(shape, x, plain) -> None:
+    """The ops on symmetric weights, by every kernel that takes them, and their gradients."""
+    group_size, M = plain.group_size, x.shape[0]
+    packed, scale = signed_to_offset(plain.qdata).cuda(), plain.scale.mT.contiguous().cuda()
+    weight = Weight(packed, scale.mT, None, group_size, signed=False)
+    w = reference.dequantize(weight, torch.bfloat16)
+    parts = packed, scale, group_size
+    got = torch.ops.int4q.dequant_w4_to_bf16(*parts)
+    check(f"dequant_w4_to_bf16 {shape}", got, w.double(), 1e-9)
+    exact = x.double() @ w.double().mT
+    check(f"int4_matmul {shape}", torch.ops.int4q.int4_matmul(x, *parts), exact, 1e-2)
+    runs = {"Gluon": gluon_matmul.linear, "Triton": triton_matmul.linear}
+    if M <= cuda_small_batch.MAX_M:
+        runs["small batch"] = cuda_small_batch.linear
+    if M <= cuda_decode.MAX_M:
+        runs["decode"] = cuda_decode.linear_rounded
+    for name, run in runs.items():
+        check(f"int4_matmul {name} {shape}", run(x, weight), exact, 1e-2)
+    if M <= cuda_decode.MAX_M:
+        turned = weight._replace(scale=scale.mT.contiguous())  # no copy fits these scales
+        for config in (cuda_decode.Config(4, 3, 2, 1), cuda_decode.Config(2, 2, 3, 2)):
+            for same in (weight, turned):
+                got = cuda_decode.linear_rounded(x, same, config)
+                check(f"int4_matmul {config} {shape}", got, exact, 1e-2)
+    row = x[:1].contiguous()
+    check(f"int4_matvec {shape}", torch.ops.int4q.int4_matvec(row, *parts), exact[:1], 1e-2)
+    check(f"int4_matvec Triton {shape}", triton_matvec.linear(row, weight), exact[:1], 1e-2)
+
+    weights, scales = packed.view(torch.uint8), scale.mT
+    got = torch.ops.int4q.linear_q4gsw(x.float(), weights, scales, group_size)
+    check(f"linear_q4gsw {shape}", got, exact, 1e-2)
+    got = torch.ops.int4q.linear_q4gsw_backward(exact.float(), weights, scales, group_size)
+    check(f"linear_q4gsw_backward {shape}", got, exact @ w.double(), 1e-2)
+    values, rows = triton_fp8.fp8_rows(x)
+    expected = reference.fp8_rows(x)
+    check(f"fp8 rows {shape}", values * rows, (expected[0] * expected[1]).double(), 1e-9)
 
 
 def on_two_streams(x, weight):
@@ -66,10 +116,11 @@ def on_two_streams(x, weight):
     return torch.cat(both), torch.cat([alone, alone]).double()
 
 
-def main() -> None:
+def main(sections: list[int]) -> None:
     torch.manual_seed(0)
-    experts()
-    for M, N, K in SHAPES:
+    if len(SHAPES) in sections:
+        experts()
+    for M, N, K in (SHAPES[i] for i in sections if i < len(SHAPES)):
         group_size = 128 if K % 128 == 0 else 32
         w = torch.randn(N, K).bfloat16()
         x = torch.randn(M, K).bfloat16().cuda()
@@ -88,22 +139,19 @@ def main() -> None:
             check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
             check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
         if M <= cuda_small_batch.MAX_M:  # every way to share the work, whatever the route
-            on_gpu = plain.cuda()
-            parts = (x, on_gpu.qdata, on_gpu.scale, on_gpu.zero_point, None, None)
+            weight = Weight(*plain.cuda()._weight_parts(), group_size)
             for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
-                got = cuda_small_batch._run(parts, group_size, False, config)
+                got = cuda_small_batch.linear(x, weight, config=config)
                 check(f"small batch {config} {shape}", got, exact, 1e-2)
-        packed = (plain.qdata ^ -0x78).cuda()
-        scale = plain.scale.mT.contiguous().cuda()
-        symmetric = exact - F.linear(
-            x.double(), plain.zero_point.mT.double().repeat_interleave(group_size, 1).cuda()
-        )
-        got = torch.ops.int4q.int4_matmul(x, packed, scale, group_size)
-        check(f"symmetric {shape}", got, symmetric, 1e-2)
+        symmetric(shape, x, plain)
         dequantized = plain.cuda().dequantize()
         check(f"dequantize {shape}", dequantized.cpu(), plain.dequantize(torch.float64), 1e-2)
+        parts = (exact.bfloat16(), *plain.cuda()._weight_parts(), group_size)
+        got = torch.ops.int4q.int4_linear_backward(*parts)
+        back = exact.bfloat16().double() @ plain.cuda().dequantize(torch.float64)
+        check(f"gradient {shape}", got, back, 1e-2)
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main([int(section) for section in sys.argv[1:]] or list(range(len(SHAPES) + 1)))

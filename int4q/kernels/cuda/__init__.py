@@ -3,9 +3,17 @@
 from int4q.kernels.cuda.entries import (
     DECODE,
     DECODE_INT8,
+    DECODE_ROUNDED,
     EXPERTS_BMM,
     EXPERTS_GROUPED,
     SMALL_BATCH,
 )
 
-__all__ = ["DECODE", "DECODE_INT8", "EXPERTS_BMM", "EXPERTS_GROUPED", "SMALL_BATCH"]
+__all__ = [
+    "DECODE",
+    "DECODE_INT8",
+    "DECODE_ROUNDED",
+    "EXPERTS_BMM",
+    "EXPERTS_GROUPED",
+    "SMALL_BATCH",
+]

@@ -3,16 +3,18 @@
     out[m, n] = sum_k x[m, k] * act_pre_scale[k] * value[n, k] + bias[n]
     value[n, k] = q[n, k] * scale[k // group_size, n] + zero_point[k // group_size, n]
 
-One source (``int4_decode.cu``) serves both scale layouts and both activation precisions:
+One source (``int4_decode.cu``) serves both scale layouts and three precisions:
 
 * W4A16: x as 16-bit integers that share a float32 scale per 128 elements, so each element is off
   by at most 2 ** -16 of its block's largest ``|x|``. Against float32 arithmetic on the same
   weights that is some 2e-5 of the result, hidden by the rounding of a bfloat16 or float16 output;
   for float32 x it is the error.
 * W4A8: x as int8 per 32 elements, ``d = amax / 127`` in float32, ``q = round_half_even(x / d)``.
+* Rounded (``int4_matmul``): symmetric weights rounded to bfloat16, bfloat16 x as it is.
 
-The products are exact integers, the scales are applied in float32 and float32 sums are rounded
-once, to x's dtype. A block of x with NaN or Inf in it makes the outputs of that row NaN.
+The products of the first two are exact integers, the scales are applied in float32; float32 sums
+are rounded once, to x's dtype. A block of x with NaN or Inf makes its row's outputs NaN.
+Rounded weights meet x in bfloat16 tensor cores; NaN and Inf go the way they do in a matrix product.
 
 On sm_90 the weights are read while the kernel in front on the stream may still be running
 (programmatic dependent launch). That is right unless that very kernel writes the weights *and*
@@ -27,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import (
@@ -43,6 +46,8 @@ from int4q.kernels.weight import Weight
 MAX_M = 16
 STEP_K = 256
 """k that a warp multiplies at a time (one ring stage)."""
+ROUNDED_ROW_UNIT = 8
+"""Rounded weights are dealt to thread blocks, which unpack 8 rows at a time, in units of 8 rows."""
 
 _ACTIVATION_BITS = {torch.bfloat16: 16, torch.int8: 8}
 _SOURCE_FILE = Path(__file__).with_name("int4_decode.cu")
@@ -122,6 +127,26 @@ def choose_config(
     return best
 
 
+def choose_rounded_config(M: int, N: int, group_size: int, sm_count: int) -> Config:
+    """The configuration for rounded weights, as tuned on an H200.
+
+    Unpacking binds on large N: what decides is how well rows fill tiles.
+    """
+    rows = N / sm_count  # of one SM
+
+    def fill(config: Config) -> float:
+        tiles = rows / config.ctas_per_sm / (16 * config.row_tiles)
+        return tiles / math.ceil(tiles)
+
+    if rows <= 8:
+        return Config(16, 1, 2, 1)
+    if rows <= 32:
+        return Config(8, 2, 2, 1) if M <= 2 else Config(8, 1, 2, 2)
+    if M > 8:
+        return Config(4, 2, 2, 3) if group_size >= 128 else Config(4, 3, 2, 2)
+    return max(Config(4, 2, 2, 4), Config(8, 2, 2, 2), key=fill)
+
+
 def unsupported(problem: Problem) -> str | None:
     """Why these kernels cannot run ``problem``; ``None`` where they can."""
     if reason := unsupported_weight(problem):
@@ -134,6 +159,14 @@ def unsupported(problem: Problem) -> str | None:
     if problem.dtype not in TYPE_CODES:
         return f"x must be bfloat16, float16 or float32, got {problem.dtype}"
     return None
+
+
+def unsupported_rounded(problem: Problem) -> str | None:
+    """Why :func:`linear_rounded` cannot run ``problem``; ``None`` where it can."""
+    for name, dtype in (("x", problem.dtype), ("scale", problem.scale_dtype)):
+        if dtype != torch.bfloat16:
+            return f"{name} must be bfloat16, got {dtype}"
+    return unsupported(problem)
 
 
 def _scale_copy_bytes(
@@ -160,6 +193,13 @@ class Ring:
     group_size: int
     bits: int
     scales: Scales
+    symmetric: bool = False
+    rounded: bool = False
+
+    @property
+    def limbs(self) -> int:
+        """Columns of an activation row."""
+        return 1 if self.rounded else self.bits // 8
 
     @property
     def scale_copy(self) -> int:
@@ -171,11 +211,11 @@ class Ring:
 
     @property
     def col_tiles(self) -> int:
-        return -(-self.M * self.bits // 64)
+        return -(-self.M * self.limbs // 8)
 
     @property
     def sums(self) -> int:
-        return self.col_tiles * 64 // self.bits
+        return self.col_tiles * 8 // self.limbs
 
     @property
     def x_block(self) -> int:
@@ -185,7 +225,7 @@ class Ring:
     def split(self) -> int:
         """The largest power of two of columns for one activation row."""
         split, units = 1, STEP_K // min(self.group_size, self.x_block)
-        if not self.scale_copy or self.col_tiles > 1:
+        if not self.scale_copy or self.col_tiles > 1 or self.rounded:
             return 1
         while 2 * split * self.M <= self.sums and 2 * split <= units:
             split *= 2
@@ -194,7 +234,9 @@ class Ring:
 
     @property
     def table_bytes(self) -> int:
-        """The quantised activations with their scales and sums."""
+        """The quantised activations with their scales and sums; x in the product's order."""
+        if self.rounded:
+            return -(-self.K // STEP_K) * STEP_K * 2 * 8 * self.col_tiles * (self.M > 2)
         if self.split > 1:
             factors = 2 * STEP_K // min(self.group_size, self.x_block)
         else:
@@ -204,7 +246,8 @@ class Ring:
 
     def shared_bytes(self, config: Config) -> int:
         rows = 16 * config.row_tiles
-        scales = 2 * rows * (STEP_K // self.group_size) * self.scales.item if self.scale_copy else 0
+        tensors = (1 if self.symmetric else 2) if self.scale_copy else 0  # that are copied
+        scales = tensors * rows * (STEP_K // self.group_size) * self.scales.item
         stage = rows * 128 + -(-scales // 128) * 128
         partial = 8 * config.warps * rows * self.sums
         return config.warps * config.stages * stage + partial + self.table_bytes * config.fused
@@ -224,7 +267,8 @@ class Ring:
 
 
 @functools.cache
-def _source() -> str:
+def source() -> str:
+    """The CUDA C++."""
     return _SOURCE_FILE.read_text()
 
 
@@ -243,15 +287,15 @@ class Scales:
     copy: int
 
     @classmethod
-    def of(cls, weight: Weight) -> Scales:
-        """The scales of a weight or of a stack of them."""
+    def of(cls, weight: Weight, by_group: bool = True) -> Scales:
+        """The scales of a weight or of a stack; without ``by_group`` plain ones are not copied."""
         scale, item = weight.scale, weight.scale.element_size()
         zeros = scale if weight.zero_point is None else weight.zero_point
-        by_group, by_row = scale.stride(-2), scale.stride(-1)
-        coalesced = by_group == 1 and by_row != 1
-        if not coalesced and by_row != 1:
+        to_group, to_row = scale.stride(-2), scale.stride(-1)
+        coalesced = to_group == 1 and to_row != 1
+        if not coalesced and (to_row != 1 or not by_group):
             return cls(item, False, 0)
-        line = (scale.shape[-2], by_row) if coalesced else (weight.N, by_group)
+        line = (scale.shape[-2], to_row) if coalesced else (weight.N, to_group)
         bits = scale.data_ptr() | zeros.data_ptr()
         if scale.dim() > 2:
             bits |= scale.stride(0) * item
@@ -259,11 +303,11 @@ class Scales:
         return cls(item, coalesced, _scale_copy_bytes(coalesced, groups, item, *line, bits))
 
 
-def load_ring(
-    plan: Plan, parts: Parts, ring: Ring, config: Config, bits: int, **defines: int
-) -> nvrtc.Module:
-    """The module of ``int4_decode`` and ``quantise_activations`` for these sizes."""
-    facts = _defines(plan, parts, bits) | {
+def ring_defines(
+    parts: Parts, ring: Ring, config: Config, bits: int, dependent: bool
+) -> dict[str, int]:
+    """The compile-time parameters of ``int4_decode`` and the kernel that prepares x for it."""
+    return _defines(parts, bits, dependent) | {
         "MATVEC": 0,
         "COALESCED": int(ring.coalesced and ring.scale_copy > 0),
         "SCALE_VEC": ring.scale_copy,
@@ -274,17 +318,18 @@ def load_ring(
         "ROW_TILES": config.row_tiles,
         "STAGES": config.stages,
         "MIN_CTAS": config.ctas_per_sm,
+        "ROUNDED": int(ring.rounded),
+        "ARRANGED": int(ring.rounded and ring.table_bytes > 0),
     }
-    return nvrtc.load(_source(), facts | defines, plan.index)
 
 
-def _defines(plan: Plan, parts: Parts, bits: int) -> dict[str, int]:
+def _defines(parts: Parts, bits: int, dependent: bool) -> dict[str, int]:
     return {
         "ACT_BITS": bits,
         "GROUP": parts.weight.group_size,
         "X_TYPE": TYPE_CODES[parts.x.dtype],
         "SCALE_TYPE": TYPE_CODES[parts.weight.scale.dtype],
-        "PDL": int(plan.dependent),
+        "PDL": int(dependent),
         "SYMMETRIC": int(parts.weight.zero_point is None),
     }
 
@@ -297,6 +342,7 @@ class _Plan(Plan):
         parts: Parts,
         activation: torch.dtype = torch.bfloat16,
         config: Config | MatvecConfig | None = None,
+        rounded: bool = False,
     ):
         super().__init__(parts)
         if activation not in _ACTIVATION_BITS:
@@ -309,14 +355,17 @@ class _Plan(Plan):
             return
         bits = _ACTIVATION_BITS[activation]
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if config is None and rounded:
+            config = choose_rounded_config(M, N, weight.group_size, sms)
         config = config or choose_config(M, N, weight.K, weight.group_size, bits, sms)
-        units = -(-N // ROW_UNIT)
+        row_unit = ROUNDED_ROW_UNIT if rounded else ROW_UNIT
+        units = -(-N // row_unit)
         grid = min(units, sms * config.ctas_per_sm)
-        self.fix(parts, units // grid, units % grid)
+        self.fix(parts, units // grid, units % grid, row_unit=row_unit)
         if isinstance(config, MatvecConfig):
             self._prepare_matvec(parts, config, bits)
         else:
-            self._prepare_ring(parts, config, bits, grid)
+            self._prepare_ring(parts, config, bits, grid, rounded)
 
     def _prepare_matvec(self, parts: Parts, config: MatvecConfig, bits: int) -> None:
         (M, N), scale, zeros = self.shape, parts.weight.scale, parts.weight.zero_point
@@ -326,7 +375,7 @@ class _Plan(Plan):
         pointer_bits = scale.data_ptr() | (scale if zeros is None else zeros).data_ptr()
         lines = pointer_bits, scale.stride(0) * scale.element_size()
         aligned = not any(n % vector for n in lines)
-        defines = _defines(self, parts, bits) | {
+        defines = _defines(parts, bits, self.dependent) | {
             "MATVEC": 1,
             "WARPS": config.warps,
             "ROW_BLOCK": config.rows,
@@ -334,23 +383,30 @@ class _Plan(Plan):
             "SCALE_VEC": int(scale.stride(1) == 1 and aligned and N % config.rows == 0),
             "MIN_CTAS": config.ctas_per_sm,
         }
-        module = nvrtc.load(_source(), defines, self.index)
+        module = nvrtc.load(source(), defines, self.index)
         self.launch(module, "int4_matvec", -(-N // config.rows), 32 * config.warps)
 
-    def _prepare_ring(self, parts: Parts, config: Config, bits: int, grid: int) -> None:
+    def _prepare_ring(
+        self, parts: Parts, config: Config, bits: int, grid: int, rounded: bool
+    ) -> None:
         properties = torch.cuda.get_device_properties(self.device)
         M, weight = self.shape[0], parts.weight
-        ring = Ring(M, weight.K, weight.group_size, bits, Scales.of(weight))
+        scales = Scales.of(weight, by_group=not rounded)
+        symmetric = weight.zero_point is None
+        ring = Ring(M, weight.K, weight.group_size, bits, scales, symmetric, rounded)
         self.config = config = ring.fit(
             config,
             properties.shared_memory_per_block_optin,
             properties.shared_memory_per_multiprocessor,
         )
-        module = load_ring(self, parts, ring, config, bits)
-        if not config.fused:
+        defines = ring_defines(parts, ring, config, bits, self.dependent)
+        module = nvrtc.load(source(), defines, self.index)
+        if ring.table_bytes and not config.fused:
             self.scratch_bytes = ring.table_bytes
-            warps = -(-ring.K // STEP_K) * M
-            self.launch(module, "quantise_activations", -(-warps // 4), 128)
+            rows = 8 * ring.col_tiles if rounded else M
+            warps = -(-ring.K // STEP_K) * rows
+            name = "arrange_activations" if rounded else "quantise_activations"
+            self.launch(module, name, -(-warps // 4), 128)
         self.launch(module, "int4_decode", grid, 32 * config.warps, ring.shared_bytes(config))
 
 
@@ -358,3 +414,10 @@ linear = Planner("the CUDA decode kernels", unsupported, _Plan)
 """For at most 16 rows. ``activation``: ``torch.bfloat16`` (W4A16) or ``torch.int8`` (W4A8);
 ``config``: how the work is cut, by shape if not given. ``act_pre_scale`` multiplies x in float32.
 """
+
+
+def linear_rounded(x: Tensor, weight: Weight, config: Config | None = None) -> Tensor:
+    """``x @ W.T`` with symmetric weights rounded to bfloat16; x bfloat16, at most 16 rows."""
+    if x.data_ptr() % 16 or x.stride(0) % 8:  # the kernel loads 16 bytes of a row at a time
+        x = x.clone(memory_format=torch.contiguous_format)
+    return linear(x, weight, rounded=True, config=config)

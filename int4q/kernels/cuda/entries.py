@@ -35,6 +35,10 @@ def _decode_unsupported(problem: Problem) -> str | None:
     return _not_compiled()
 
 
+def _rounded_unsupported(problem: Problem) -> str | None:
+    return module(_DECODE).unsupported_rounded(problem) or _not_compiled()
+
+
 def _small_batch_unsupported(problem: Problem) -> str | None:
     if reason := module(_SMALL_BATCH).unsupported(problem):
         return reason
@@ -57,6 +61,7 @@ def _kernel(name: str, unsupported, file: str, function: str = "linear", **fixed
 
 DECODE = _kernel("cuda_decode", _decode_unsupported, _DECODE)
 DECODE_INT8 = _kernel("cuda_decode_w4a8", _decode_unsupported, _DECODE, activation=torch.int8)
+DECODE_ROUNDED = _kernel("cuda_decode", _rounded_unsupported, _DECODE, "linear_rounded")
 SMALL_BATCH = _kernel("cuda_small_batch", _small_batch_unsupported, _SMALL_BATCH)
 EXPERTS_BMM = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_bmm")
 EXPERTS_GROUPED = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_grouped_mm")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from int4q.kernels.cuda import decode
-from int4q.kernels.cuda.decode import STEP_K, Config, Ring, Scales, load_ring
+from int4q.kernels.cuda.decode import STEP_K, Config, Ring, Scales
+from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import ROW_UNIT, TYPE_CODES, Parts, Plan, Planner
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
@@ -86,7 +87,9 @@ class _Plan(Plan):
         strides = weight.qdata.stride(0), weight.scale.stride(0)
         stack = _STACK.pack(*strides, tables, table_block, E, T // E, blocks, 0)
         self.fix(parts, N // ROW_UNIT, 0, stack)
-        module = load_ring(self, parts, ring, config, 16, EXPERTS=1, BLOCK_ROWS=rows)
+        defines = decode.ring_defines(parts, ring, config, 16, self.dependent)
+        defines |= {"EXPERTS": 1, "BLOCK_ROWS": rows}
+        module = nvrtc.load(decode.source(), defines, self.index)
         warps = -(-K // STEP_K) * T
         self.launch(module, "quantise_activations", -(-warps // 4), 128)
         grid = properties.multi_processor_count * config.ctas_per_sm

@@ -13,6 +13,10 @@
 // shared memory buffers filled by cp.async: no barrier is needed until a tile is done, when the warps' partial sums meet in
 // shared memory.
 //
+// Rounded weights (ROUNDED, the definition of int4_matmul). x stays as it is; a weight becomes bf16(q * scale), in registers and
+// with one rounding, and meets x in a bf16 matrix instruction, whose float32 sums run on over all groups. No limbs, no units: what
+// follows about fixed point is for the other mode. See "Rounded weights".
+//
 // Compile-time parameters (set by decode.py):
 //   ACT_BITS     16 or 8
 //   GROUP        32, 64, 128, 256
@@ -20,12 +24,14 @@
 //   COALESCED    1: the groups of a row are adjacent ([N, n_groups]); 0: the rows of a group are ([n_groups, N])
 //   SCALE_VEC    bytes of one scale copy (16, 8, 4), or 0: read scales one by one, which any stride and alignment allows
 //   COL_TILES    tiles of 8 activation columns (an activation row is two columns with ACT_BITS == 16, else one)
+//                (ROUNDED: always one)
 //   SPLIT        columns (or limb pairs) that one activation row is spread over, 1 to 8; see "Split columns"
 //   FUSED        1: each CTA quantises x into its own shared memory; 0: the kernel quantise_activations did, into `table`
 //   WARPS, ROW_TILES, STAGES, MIN_CTAS    the shape of the work split
 //   PDL          1: programmatic dependent launch (needs sm_90)
-//   SYMMETRIC    1: nibbles are offset binary (q + 8) and there are no zero points; `zero_point` is read (it points at the
-//                scales) but not used
+//   SYMMETRIC    1: nibbles are offset binary (q + 8) and there are no zero points; `zero_point` is not read
+//   ROUNDED      1: weights rounded to bfloat16, see above; SYMMETRIC, x and scales bfloat16, rows of x on 16-byte boundaries,
+//                no act_pre_scale; else 0. With it ARRANGED, 1: arrange_activations has put x into `table`
 //   MATVEC       1: build int4_matvec (M == 1, at the end of this file) instead of the above; it has ROW_BLOCK and UNROLL and
 //                ignores COALESCED, COL_TILES, SPLIT, FUSED, ROW_TILES and STAGES; SCALE_VEC there is 1 if the scales of
 //                ROW_BLOCK rows may be loaded as one vector (plain layout), else 0
@@ -42,6 +48,12 @@
 
 #ifndef EXPERTS
 #define EXPERTS 0
+#endif
+#ifndef ROUNDED
+#define ROUNDED 0
+#endif
+#ifndef ARRANGED
+#define ARRANGED 0
 #endif
 
 typedef unsigned int u32;
@@ -82,9 +94,10 @@ constexpr u32 FLIP = SYMMETRIC ? 0x88888888u : 0u;            // offset binary -
 constexpr int STEP_K = 256;                                  // k covered by one ring stage: 128 bytes of every row
 constexpr int X_BLOCK = ACT_BITS == 16 ? 128 : 32;           // elements that share one activation scale
 constexpr int SCALE_BYTES = SCALE_TYPE == 2 ? 4 : 2;
+constexpr int TENSORS = SYMMETRIC ? 1 : 2;                   // scale, zero_point
 #if !MATVEC
 constexpr int ROWS = 16 * ROW_TILES;
-constexpr int LIMBS = ACT_BITS / 8;
+constexpr int LIMBS = ROUNDED ? 1 : ACT_BITS / 8;            // columns of an activation row
 constexpr int COLS = 8 * COL_TILES;
 constexpr int SUMS = COLS / LIMBS;                           // sums the instructions form for each weight row:
 constexpr int TABLE_ROWS = SUMS / SPLIT;                     // SPLIT of them for each of so many activation rows (>= M)
@@ -95,13 +108,15 @@ constexpr int UNITS = STEP_K / UNIT;
 constexpr int SUM_BLOCKS = STEP_K / SUM_BLOCK;
 constexpr int GROUPS = STEP_K / GROUP;                       // weight groups in one step
 constexpr int TENSOR_BYTES = ROWS * GROUPS * SCALE_BYTES;    // scales (or zero points) of one stage
-constexpr int STAGE_BYTES = ROWS * 128 + (SCALE_VEC ? (2 * TENSOR_BYTES + 127) / 128 * 128 : 0);
+constexpr int STAGE_BYTES = ROWS * 128 + (SCALE_VEC ? (TENSORS * TENSOR_BYTES + 127) / 128 * 128 : 0);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;             // of one warp
 constexpr int PARTIAL_BYTES = 2 * WARPS * ROWS * SUMS * 4;   // two buffers of partial outputs
 constexpr int FACTORS = SPLIT > 1 ? 2 * UNITS : (X_BLOCKS + SUM_BLOCKS + 3) / 4 * 4;  // floats per step and activation row
 constexpr int VALUES_STEP = STEP_K * COLS;                   // bytes of quantised activations in one step
 constexpr int FACTORS_STEP = TABLE_ROWS * FACTORS;
 static_assert(SPLIT == 1 || (SCALE_VEC != 0 && COL_TILES == 1 && SPLIT <= UNITS), "SPLIT");
+static_assert(!ROUNDED || (SYMMETRIC && SPLIT == 1 && X_TYPE == 0 && SCALE_TYPE == 0 && !FUSED && !EXPERTS), "ROUNDED");
+static_assert(!ROUNDED || COALESCED || SCALE_VEC == 0, "scales of ROUNDED");
 #endif
 
 __device__ __forceinline__ float bf16_to_float(u32 bits) { return __uint_as_float(bits << 16); }
@@ -168,6 +183,18 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
+constexpr u32 TWO_127 = 0x7f007f00u, MINUS_0 = 0x80008000u;  // as pairs of bf16
+// Two bf16 a word. One rounding; an fma, because sm_80 has no bf16 product or sum by itself.
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ void mma_bf16(float (&d)[2][2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[1][0]), "+f"(d[1][1])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Activations -> integers, in the order in which the matrix instruction wants them.
@@ -181,7 +208,7 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u
 //          SPLIT > 1:  that pair for each unit.
 //          (Unpacked nibbles are 16 times the weight, hence d / 16.)
 // ------------------------------------------------------------------------------------------------------------------
-#if !MATVEC
+#if !MATVEC && !ROUNDED
 struct Table {
     char* values;
     float* factors;
@@ -229,6 +256,17 @@ template <int n> __device__ __forceinline__ u32 magnitude(const float (&f)[n]) {
 }
 // Quantises values whose block has the magnitude `amax_bits`; returns the scale d. q[i] holds BIAS + the integer: adding
 // 1.5 * 2^23 to a float rounds it, half to even, into the low bits.
+//
+// The integers fit. 16 bits: `inverse` is 32639 / amax rounded, so at most (32639 / amax) * (1 + 2^-24), no subnormal for any
+// finite amax; the fma rounds once, so |q| is at most the integer next to 32639 + 2^-9: 32639. That is the largest for which
+// (q + 128) >> 8, the limb above a signed low byte, is an int8: 32767 >> 8 = 127, and 32640 would give 128. (An amax clamped to
+// 1e-30 only makes |q| smaller.) 8 bits: d is amax / 127 rounded; where it is normal, |x| / d <= 127 * (1 + 2^-23), next to 127;
+// where it is subnormal it may be off by more, and there the integer is clamped.
+// The sums fit. A product is at most 128 * 128 = 2^14 (16 * a nibble, a limb). A unit has at most 128 k: 2^21 a limb, and
+// 256 * hi + lo below 2^29 + 2^21. The 32 k of a thread of int4_matvec: 2^19 for the upper limb, 2^27 shifted, and
+// 32 * 128 * 255 < 2^20 for its unsigned lower one. Sums of q, at most 128 * 32639 < 2^22, are exact in float32.
+// The scales fit. d / 16 of amax = 1e-30 is 1.9e-36: times a weight scale down to 1e-2 it is still normal. d * (sum of q) is at
+// most 128 * amax: finite for amax up to 2^120.
 constexpr u32 BIAS = 0x4b400000u;
 template <int n> __device__ __forceinline__ float to_integers(const float (&f)[n], u32 amax_bits, u32 (&q)[n]) {
     const float magic = __uint_as_float(BIAS);
@@ -261,7 +299,7 @@ template <int n> __device__ __forceinline__ float to_integers(const float (&f)[n
     return amax_bits >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : d;
 }
 
-#if !MATVEC
+#if !MATVEC && !ROUNDED
 // One warp quantises 256 consecutive k of activation row m; lane l holds k = 256 * step + 8 * l + 0..7.
 __device__ __forceinline__ void quantise_step(const Params& p, const Table& t, int m, int step, int lane, float (&f)[8]) {
     apply_pre_scale(p, step * STEP_K + lane * 8, f);
@@ -374,16 +412,55 @@ extern "C" __global__ void quantise_activations(const __grid_constant__ Params p
     quantise_step(p, table_at(p.table, steps), m, step, lane, f);
 }
 #endif
+#endif
 
+#if ROUNDED
+// ------------------------------------------------------------------------------------------------------------------
+// Rounded weights.
+//
+// A nibble u in the low bits of a bf16, at bit 0 or 4, is the number u * 2^-133 or u * 2^-129: bfloat16 has no seam between its
+// subnormal and its first normal numbers. One fma, exact, makes (u - 8) / 64 or (u - 8) / 4 of it, and one product with scale or
+// scale / 16 rounds it to bf16(q * scale) / 64; the sums take the 64 back. Dividing by powers of two is exact but for subnormal
+// results: weights are off by at most 2^-126, and only those below 2^-119 are off at all. Weights past the largest bfloat16 stay
+// finite.
+//
+// The nibbles of a word pair up as k (0, 4), (1, 5), (2, 6), (3, 7), so x does too: from 3 rows on, where every warp reads much of
+// it, a small kernel has put it into the order of the lanes (ARRANGED); for fewer that would cost more than it saves.
+// ------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ uint4 as_nibble_pairs(uint4 v) {  // 8 consecutive k
+    return make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
+                      __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
+}
+#if ARRANGED
+// x as bf16 [steps, 8 chunks, COL_TILES, 32 lanes, 8]. Grid: enough warps for COLS * steps, one (column, step) each.
+extern "C" __global__ void arrange_activations(const __grid_constant__ Params p) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int steps = (p.K + STEP_K - 1) / STEP_K;
+    const int unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    if (unit >= steps * COLS) return;
+    const int m = unit / steps, step = unit - m * steps, k = step * STEP_K + lane * 8;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (k < p.K) v = *(const uint4*)(p.x + (min(m, p.M - 1) * p.x_row + k) * 2);
+    const i64 tile = ((i64)step * 8 + lane / 4) * COL_TILES + m / 8;
+    *(uint4*)(p.table + tile * 512 + (m % 8 * 4 + lane % 4) * 16) = as_nibble_pairs(v);
+}
+#endif
+#endif
+
+#if !MATVEC
 // ------------------------------------------------------------------------------------------------------------------
 // The product.
 //
 // Row order. A thread of a 16-row matrix instruction holds rows i and i + 8 (i = lane / 4). Which weight row that is is
 // free to choose: here a thread's 2 * ROW_TILES rows are adjacent, row = i * 2 * ROW_TILES + 2 * tile + half, so that with
-// plain scales they come with one shared memory load. The 16-byte chunks of a row are XOR-ed with i: no bank conflicts.
+// plain scales they come with one shared memory load. ROUNDED is for scales of the other layout, and arithmetic limits it: there
+// row = 16 * tile + 8 * half + i, so that the row tiles past the end of a CTA's rows can be left out. The 16-byte chunks of a row
+// are XOR-ed with i: no bank conflicts.
 // ------------------------------------------------------------------------------------------------------------------
 // A bound above the threads launched leaves registers for the blocks of the next quantise_activations, which can then be
 // resident before this kernel ends: 2 to 6 % where the kernel would else take them all.
+constexpr int ROW_I = ROUNDED ? 1 : 2 * ROW_TILES, ROW_TILE = ROUNDED ? 16 : 2, ROW_HALF = ROUNDED ? 8 : 1;  // row's factors
 constexpr int BOUND = WARPS * 32 + (COL_TILES == 2 && LIMBS == 2 && ROW_TILES == 1 ? 32 : 0);
 extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
@@ -426,7 +503,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     int load_step = warp, rows_left = end_row - first_row;
     const char* weights;
     const i64 weights_jump = ROWS * p.qdata_row - steps * 128;    // from past the end of a row tile to the next tile
-    constexpr int PIECES = SCALE_VEC ? 2 * TENSOR_BYTES / SCALE_VEC : 0;  // copies of scales and zero points in one stage
+    constexpr int PIECES = SCALE_VEC ? TENSORS * TENSOR_BYTES / SCALE_VEC : 0;  // copies of scales and zero points in one stage
     constexpr int SCALE_COPIES = (PIECES + 31) / 32;
     const char* scales_from[SCALE_COPIES + 1];
     int scale_row[SCALE_COPIES + 1], scale_group[SCALE_COPIES + 1], scale_steps[SCALE_COPIES + 1];
@@ -436,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     for (int j = 0; j < SCALE_COPIES; j++) {
         // a line is what is adjacent in memory: the groups of one row, or the rows of one group
         constexpr int LINE = (COALESCED ? GROUPS : ROWS) * SCALE_BYTES / (SCALE_VEC ? SCALE_VEC : 1);
-        const int e = j * 32 + lane, piece = e % (PIECES / 2), line = piece / LINE, at = piece % LINE * SCALE_VEC / SCALE_BYTES;
+        const int e = j * 32 + lane, piece = e % (PIECES / TENSORS), line = piece / LINE, at = piece % LINE * SCALE_VEC / SCALE_BYTES;
         scale_group[j] = COALESCED ? at : line;
         scale_row[j] = COALESCED ? line : at;
         scale_steps[j] = (p.K / GROUP - scale_group[j] + GROUPS - 1) / GROUPS;
@@ -452,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
 #if EXPERTS
             element += expert * p.scale_expert;
 #endif
-            scales_from[j] = (j * 32 + lane < PIECES / 2 ? p.scale : p.zero_point) + element * SCALE_BYTES;
+            scales_from[j] = (j * 32 + lane < PIECES / TENSORS ? p.scale : p.zero_point) + element * SCALE_BYTES;
         }
     };
     point_at(expert, first_row);
@@ -475,7 +552,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
         const char* from = weights;
         #pragma unroll
         for (int j = 0; j < 4 * ROW_TILES; j++) {
-            const int row = 4 * j + copy_row, key = (row / (2 * ROW_TILES)) & 7;
+            const int row = 4 * j + copy_row, key = (row / ROW_I) & 7;
             copy_weights(shared_address + stage + (row * 128 + ((copy_chunk ^ key) << 4)), from, 4 * j < rows_here);
             from += 4 * p.qdata_row;
         }
@@ -498,7 +575,29 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     // Weights do not depend on the kernel before this one; activations do.
     wait_for_previous_kernel();
 #endif
-#if FUSED
+#if ROUNDED
+    // A lane holds 8 k of each chunk of 32, of column i8. Columns past the last row of x repeat that row: nobody reads their sums.
+    auto load_x = [&](int step, uint4 (&x)[8][COL_TILES]) {
+        #pragma unroll
+        for (int n = 0; n < COL_TILES; n++) {
+#if ARRANGED
+            const char* from = p.table + ((i64)step * 8 * COL_TILES + n) * 512 + lane * 16;
+            #pragma unroll
+            for (int e = 0; e < 8; e++) x[e][n] = *(const uint4*)(from + e * (COL_TILES * 512));
+#else
+            const char* from = p.x + (min(n * 8 + i8, p.M - 1) * p.x_row + step * STEP_K + t4 * 8) * 2;
+            const int chunks = (p.K >> 5) - step * 8;
+            if (chunks >= 8) {
+                #pragma unroll
+                for (int e = 0; e < 8; e++) x[e][n] = *(const uint4*)(from + e * 64);
+            } else {
+                #pragma unroll
+                for (int e = 0; e < 8; e++) x[e][n] = e < chunks ? *(const uint4*)(from + e * 64) : make_uint4(0, 0, 0, 0);
+            }
+#endif
+        }
+    };
+#elif FUSED
     const Table table = table_at(shared + WARPS * RING_BYTES + PARTIAL_BYTES, steps);
     constexpr int BATCH = 4;  // loads in flight
     for (int m = 0; m < p.M; m++)
@@ -519,7 +618,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     // nothing that is used.
     constexpr int EACH = 3 - LIMBS;
     const int sum0 = t4 * EACH;                                                      // its first sum in column tile 0
-    const int matrix_row = (lane & 7) * (2 * ROW_TILES) + ((lane >> 3) & 1), matrix_chunk = lane >> 4;
+    const int matrix_row = (lane & 7) * ROW_I + ((lane >> 3) & 1) * ROW_HALF, matrix_chunk = lane >> 4;
 
     int step = warp, buffer = 0, turn = warp;
     u32 stage = ring, last_stage = ring + (STAGES - 1) * STAGE_BYTES;
@@ -536,8 +635,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
     scale_base = p.scale + stacked * p.scale_expert * SCALE_BYTES;
     zero_base = p.zero_point + stacked * p.scale_expert * SCALE_BYTES;
 #endif
+#if !ROUNDED
     const char* x_lane = table.values + lane * 16;
     const float* factors_lane = table.factors + (sum0 / SPLIT) * FACTORS + (SPLIT > 1 ? sum0 % SPLIT * 2 : 0);
+#endif
     for (int tile_row = first_row; tile_row < end_row; tile_row += ROWS) {
         float acc[ROW_TILES][COL_TILES][2][EACH];
         #pragma unroll
@@ -551,6 +652,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
 
         for (; step < steps; step += WARPS) {
             // Activations of this step: operands and factors.
+#if ROUNDED
+            uint4 x[8][COL_TILES];
+            load_x(step, x);
+#else
             uint4 x[4][COL_TILES];
             const char* x_from = x_lane + (i64)step * VALUES_STEP;
             #pragma unroll
@@ -586,19 +691,20 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                         to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
                     }
 #endif
+#endif
 #if SCALE_VEC == 0
-            u32 raw[2][ROW_TILES][2][GROUPS];
+            u32 raw[TENSORS][ROW_TILES][2][GROUPS];
             #pragma unroll
             for (int g = 0; g < GROUPS; g++)
                 #pragma unroll
                 for (int r = 0; r < ROW_TILES; r++)
                     #pragma unroll
                     for (int b = 0; b < 2; b++) {
-                        const int row = tile_row + i8 * (2 * ROW_TILES) + 2 * r + b, group = step * GROUPS + g;
+                        const int row = tile_row + i8 * ROW_I + r * ROW_TILE + b * ROW_HALF, group = step * GROUPS + g;
                         const bool inside = row < end_row && group < p.K / GROUP;
                         const i64 at = row * p.scale_row + group * p.scale_group;
                         #pragma unroll
-                        for (int z = 0; z < 2; z++) {
+                        for (int z = 0; z < TENSORS; z++) {
                             const char* base = z ? zero_base : scale_base;
                             raw[z][r][b][g] = !inside ? 0 : SCALE_BYTES == 4 ? ((const u32*)base)[at] : ((const u16*)base)[at];
                         }
@@ -625,45 +731,85 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                     else { u32 v = *(const u32*)from; to[0] = pick<SCALE_TYPE>(v, 0); to[1] = pick<SCALE_TYPE>(v, 1); }
                 }
             };
-#elif SCALE_VEC == 0
-            auto scale_of = [&](int z, int r, int b, int g) {
-                return SCALE_BYTES == 4 ? __uint_as_float(raw[z][r][b][g]) : pick<SCALE_TYPE>(raw[z][r][b][g], 0);
-            };
+#else
+            // A scale (z == 0) or zero point of row half b of tile r is one of the two 16-bit numbers of a word, or all of it.
+#if SCALE_VEC == 0
+            auto word_of = [&](int z, int r, int b, int g) { return raw[z][r][b][g]; };
+            auto high_of = [](int b, int g) { return 0; };
 #elif COALESCED
             constexpr int WORDS = GROUPS * SCALE_BYTES / 4;  // of one row
-            u32 raw[2][ROW_TILES][2][WORDS];
+            u32 raw[TENSORS][ROW_TILES][2][WORDS];
             #pragma unroll
-            for (int z = 0; z < 2; z++)
+            for (int z = 0; z < TENSORS; z++)
                 #pragma unroll
                 for (int r = 0; r < ROW_TILES; r++)
                     #pragma unroll
                     for (int b = 0; b < 2; b++)
-                        load_words(scales + z * TENSOR_BYTES + (i8 * (2 * ROW_TILES) + 2 * r + b) * (WORDS * 4), raw[z][r][b]);
-            auto scale_of = [&](int z, int r, int b, int g) {
-                return SCALE_BYTES == 4 ? __uint_as_float(raw[z][r][b][g]) : pick<SCALE_TYPE>(raw[z][r][b][g >> 1], g & 1);
-            };
+                        load_words(scales + z * TENSOR_BYTES + (i8 * ROW_I + r * ROW_TILE + b * ROW_HALF) * (WORDS * 4), raw[z][r][b]);
+            auto word_of = [&](int z, int r, int b, int g) { return raw[z][r][b][g * SCALE_BYTES / 4]; };
+            auto high_of = [](int b, int g) { return g & 1; };
 #else
             constexpr int WORDS = ROW_TILES * SCALE_BYTES / 2;  // of one group: a thread's rows are adjacent
-            u32 raw[2][GROUPS][WORDS];
+            u32 raw[TENSORS][GROUPS][WORDS];
             #pragma unroll
-            for (int z = 0; z < 2; z++)
+            for (int z = 0; z < TENSORS; z++)
                 #pragma unroll
                 for (int g = 0; g < GROUPS; g++)
                     load_words(scales + z * TENSOR_BYTES + g * (ROWS * SCALE_BYTES) + i8 * (WORDS * 4), raw[z][g]);
+            auto word_of = [&](int z, int r, int b, int g) { return raw[z][g][(2 * r + b) * SCALE_BYTES / 4]; };
+            auto high_of = [](int b, int g) { return b; };
+#endif
+#endif
+            u32 w[ROW_TILES][4];
+            auto load_chunks = [&](int r, int e) {  // one ldmatrix brings chunks e and e + 1 of 32 k of row tile r
+                ldmatrix_x4(w[r], shared_address + stage + (matrix_row + r * ROW_TILE) * 128 + (((e + matrix_chunk) ^ (lane & 7)) << 4));
+            };
+#if ROUNDED
+#if !ARRANGED
+            #pragma unroll
+            for (int e = 0; e < 8; e++)
+                #pragma unroll
+                for (int n = 0; n < COL_TILES; n++) x[e][n] = as_nibble_pairs(x[e][n]);
+#endif
+            auto multiply = [&](int r, int e, int halves) {  // row tile r (one half of its rows or both), chunk e
+                if (e % 2 == 0) load_chunks(r, e);
+                u32 weights[2][4] = {};  // of both row halves: pairs of k (0, 4), (1, 5), (2, 6), (3, 7) of 8
+                #pragma unroll
+                for (int b = 0; b < halves; b++) {
+                    const int g = e * 32 / GROUP;
+                    const u32 word = w[r][e % 2 * 2 + b];
+                    const u32 scale = __byte_perm(word_of(0, r, b, g), 0, high_of(b, g) ? 0x3232 : 0x1010);
+                    const u32 low_scale = fma_bf16(scale, 0x3d803d80u, MINUS_0);  // / 16
+                    #pragma unroll
+                    for (int i = 0; i < 4; i += 2) {
+                        const u32 pairs = word >> (4 * i);
+                        const u32 q0 = fma_bf16(pairs & 0x000f000fu, TWO_127, 0xbe00be00u);  // (u - 8) / 64
+                        const u32 q1 = fma_bf16(pairs & 0x00f000f0u, TWO_127, 0xc000c000u);  // (u - 8) / 4
+                        weights[b][i] = fma_bf16(q0, scale, MINUS_0);
+                        weights[b][i + 1] = fma_bf16(q1, low_scale, MINUS_0);
+                    }
+                }
+                #pragma unroll
+                for (int n = 0; n < COL_TILES; n++) {
+                    const uint4 v = x[e][n];
+                    mma_bf16(acc[r][n], weights[0][0], weights[1][0], weights[0][1], weights[1][1], v.x, v.y);
+                    mma_bf16(acc[r][n], weights[0][2], weights[1][2], weights[0][3], weights[1][3], v.z, v.w);
+                }
+            };
+#else
+#if SPLIT == 1
             auto scale_of = [&](int z, int r, int b, int g) {
-                return SCALE_BYTES == 4 ? __uint_as_float(raw[z][g][2 * r + b]) : pick<SCALE_TYPE>(raw[z][g][r], b);
+                const u32 word = word_of(z, r, b, g);
+                return SCALE_BYTES == 4 ? __uint_as_float(word) : pick<SCALE_TYPE>(word, high_of(b, g));
             };
 #endif
             int dot[ROW_TILES][COL_TILES][4];
 #if SPLIT == 1
             float part[ROW_TILES][COL_TILES][2][EACH];  // sums that still lack one of their two scales
 #endif
-            u32 w[ROW_TILES][4];
-            auto multiply = [&](int r, int e) {  // row tile r, chunk e of 32 k
+            auto multiply = [&](int r, int e) {  // row tile r, chunk e
                 const bool begins = e * 32 % (UNIT * SPLIT) == 0, ends = (e + 1) * 32 % (UNIT * SPLIT) == 0;
-                if (e % 2 == 0)  // one ldmatrix brings two chunks
-                    ldmatrix_x4(w[r], shared_address + stage + (matrix_row + 2 * r) * 128 +
-                                          (((e + matrix_chunk) ^ (lane & 7)) << 4));
+                if (e % 2 == 0) load_chunks(r, e);
                 const u32 v0 = w[r][e % 2 * 2] ^ FLIP, v1 = w[r][e % 2 * 2 + 1] ^ FLIP;
                 // 16 * even k, 16 * odd k: a nibble in the top half of its byte is its own sign extension
                 const u32 a[4] = {(v0 << 4) & 0xf0f0f0f0u, (v1 << 4) & 0xf0f0f0f0u, v0 & 0xf0f0f0f0u, v1 & 0xf0f0f0f0u};
@@ -681,7 +827,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 for (int i = 0; i < EACH; i++) {
                     float scale[2], zero[2];
                     scale_at(0, r, g, i, scale);
-                    scale_at(1, r, g, i, zero);
+                    scale_at(TENSORS - 1, r, g, i, zero);
                     #pragma unroll
                     for (int b = 0; b < 2; b++) {
                         const int* c = dot[r][0] + 2 * b;
@@ -694,7 +840,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 const int g = e * 32 / GROUP;
                 const bool sum_ends = (e + 1) * 32 % SUM_BLOCK == 0;  // a group's end (or the middle of one of 256)
                 const float scale[2] = {scale_of(0, r, 0, g), scale_of(0, r, 1, g)};
-                const float zero[2] = {scale_of(1, r, 0, g), scale_of(1, r, 1, g)};
+                const float zero[2] = {scale_of(TENSORS - 1, r, 0, g), scale_of(TENSORS - 1, r, 1, g)};
                 #pragma unroll
                 for (int n = 0; n < COL_TILES; n++)
                     #pragma unroll
@@ -718,7 +864,26 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                         }
 #endif
             };
-#if COL_TILES <= 2
+#endif
+#if ROUNDED
+            const int live = end_row - tile_row;
+            if (live > ROWS - 8) {
+                #pragma unroll
+                for (int e = 0; e < 8; e++)
+                    #pragma unroll
+                    for (int r = 0; r < ROW_TILES; r++) multiply(r, e, 2);
+            } else {
+                #pragma unroll
+                for (int r = 0; r < ROW_TILES; r++)
+                    if (r * 16 + 8 < live) {
+                        #pragma unroll
+                        for (int e = 0; e < 8; e++) multiply(r, e, 2);
+                    } else if (r * 16 < live) {
+                        #pragma unroll
+                        for (int e = 0; e < 8; e++) multiply(r, e, 1);
+                    }
+            }
+#elif COL_TILES <= 2
             #pragma unroll
             for (int e = 0; e < 8; e++)
                 #pragma unroll
@@ -745,7 +910,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 for (int b = 0; b < 2; b++)
                     #pragma unroll
                     for (int i = 0; i < EACH; i++)
-                        mine[(i8 * (2 * ROW_TILES) + 2 * r + b) * SUMS + n * (8 / LIMBS) + sum0 + i] = acc[r][n][b][i];
+                        mine[(i8 * ROW_I + r * ROW_TILE + b * ROW_HALF) * SUMS + n * (8 / LIMBS) + sum0 + i] = acc[r][n][b][i];
         __syncthreads();
         for (int i = turn * 32 + lane; i < ROWS * x_rows; i += WARPS * 32) {
             const int m = i / ROWS, row = tile_row + i % ROWS;
@@ -756,6 +921,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, MIN_CTAS) int4_decode(const 
                 for (int w = 0; w < WARPS; w++)
                     #pragma unroll
                     for (int j = 0; j < SPLIT; j++) sum += from[w * (ROWS * SUMS) + j];
+                if (ROUNDED) sum *= 64.f;
                 if (p.bias) sum += load_as_float(p.bias, row, p.bias_type);
                 store_from_float(p.out, (i64)(x_row0 + m) * p.N + row, sum);
             }
@@ -806,7 +972,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) int4_matvec(c
 
     for (int first = 0; first < chunks; first += WARPS * 32 * UNROLL) {
         uint4 weights[UNROLL][ROW_BLOCK];
-        u32 raw[UNROLL][2][WORDS];                          // scales and zero points, packed
+        u32 raw[UNROLL][TENSORS][WORDS];                    // scales and zero points, packed
         #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             const int chunk = first + (u * WARPS + warp) * 32 + lane;
@@ -818,7 +984,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) int4_matvec(c
         for (int u = 0; u < UNROLL; u++) {
             const int chunk = first + (u * WARPS + warp) * 32 + lane, group = min(chunk, chunks - 1) * 32 / GROUP;
             #pragma unroll
-            for (int z = 0; z < 2; z++) {
+            for (int z = 0; z < TENSORS; z++) {
                 const char* base = (z ? p.zero_point : p.scale) + group * p.scale_group * SCALE_BYTES;
 #if SCALE_VEC
                 load_words(base + (i64)row0 * SCALE_BYTES, raw[u][z]);
@@ -882,14 +1048,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) int4_matvec(c
                         dot = dot4_unsigned_x(v[j] & 0xf0f0f0f0u, low[2 * j + 1], dot);
                     }
                 }
-                float scale[2];
+                float scale[TENSORS];
                 #pragma unroll
-                for (int z = 0; z < 2; z++) {
+                for (int z = 0; z < TENSORS; z++) {
                     const u32 word = raw[u][z][r * SCALE_BYTES / 4];
                     scale[z] = SCALE_BYTES == 4 ? __uint_as_float(word) : pick<SCALE_TYPE>(word, r & 1);
                 }
                 acc[r] += (float)dot * (scale[0] * x_scale);
-                if (!SYMMETRIC) acc[r] += scale[1] * x_sum;
+                if (!SYMMETRIC) acc[r] += scale[TENSORS - 1] * x_sum;
             }
         }
     }

@@ -81,7 +81,14 @@ class Plan:
         """Whether launches may overlap the kernel in front (sm_90 and later)."""
         return torch.cuda.get_device_properties(self.device).major >= 9
 
-    def fix(self, parts: Parts, units_per_block: int, extra_units: int, stack: bytes = b"") -> None:
+    def fix(
+        self,
+        parts: Parts,
+        units_per_block: int,
+        extra_units: int,
+        stack: bytes = b"",
+        row_unit: int = ROW_UNIT,
+    ) -> None:
         """Fill in the parameters that all calls share; ``stack``: those over experts."""
         x, weight, bias, pre_scale = parts
         qdata, scale = weight.qdata, weight.scale
@@ -92,7 +99,7 @@ class Plan:
             _POINTERS.size,
             *(qdata.stride(-2), scale.stride(-1), scale.stride(-2), x.stride(0)),
             *(x.shape[0], weight.N, weight.K),
-            *(ROW_UNIT, units_per_block, extra_units),
+            *(row_unit, units_per_block, extra_units),
             0 if bias is None else TYPE_CODES[bias.dtype],
             0 if pre_scale is None else TYPE_CODES[pre_scale.dtype],
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),

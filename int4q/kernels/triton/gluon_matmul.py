@@ -135,8 +135,9 @@ def _stream_kernel(
     extra = (tiles - whole) * steps % programs
     begin = pid * base + gl.minimum(pid, extra)
     end = begin + base + (pid < extra).to(gl.int32)
-    if EXPERTS:  # more programs than work
+    if EXPERTS:  # more programs than work: those look at the first tile, which the plan has
         rounds = gl.where(pid < programs, rounds, 0)
+        begin = gl.where(pid < programs, begin, 0)
         end = gl.where(pid < programs, end, begin)
     total = rounds * steps + end - begin
     rest_tile = whole + begin // steps

@@ -14,6 +14,7 @@ from int4q import CudaCoalescedInt4Tensor, Int4Tensor, q4gsw
 from int4q.kernels import reference
 from int4q.kernels.webgpu import DECODE_MAX_ROWS, WebGPULinear, pack
 from int4q.kernels.webgpu import device as webgpu_device
+from int4q.kernels.weight import Weight
 
 # Largest error over the root mean square of the outputs. float32: sums of K <= 2304 terms.
 # float16: scales, and above DECODE_MAX_ROWS activations and weights, each rounded by up to 2^-11
@@ -30,7 +31,8 @@ def parts(N, K, group_size, scale_dtype=torch.float32, bias=True):
 def check(layer, x, weight, precision="float32"):
     y = layer(x)
     weights, scales, group_size, bias = weight
-    exact = x.double() @ reference._q4gsw_values(weights, scales, group_size, torch.float64).T
+    parts = Weight(weights.view(torch.int8), scales, None, group_size, signed=False)
+    exact = x.double() @ reference.dequantize(parts, torch.float64).T
     exact = exact if bias is None else exact + bias.double()
     assert y.dtype == torch.float32 and y.shape == exact.shape
     error = (y.double() - exact).abs().max() / exact.square().mean().sqrt()
@@ -248,9 +250,9 @@ def test_wgpu_is_optional():
         "import sys; sys.modules['wgpu'] = None\n"
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda n, *a: None if n == 'wgpu' else find(n, *a)\n"
-        "import int4q; from int4q.kernels import webgpu, webgpu_device\n"
-        "print(webgpu_device.unavailable())\n"
-        "try: webgpu_device.default_gpu()\n"
+        "import int4q; from int4q.kernels.webgpu import device\n"
+        "print(device.unavailable())\n"
+        "try: device.default_gpu()\n"
         "except ValueError as error: print(error)\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
