@@ -1,11 +1,17 @@
-"""The compiled CPU kernels: optional, so that a machine without a C compiler installs the rest."""
+"""The compiled CPU kernels and the C++ core: optional, so that the rest installs without compilers."""
+
+import runpy
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
+VERSION = runpy.run_path("int4q/_version.py")["__version__"]
+KERNELS = "int4q/kernels/cpu/int4_cpu.c"
+OPENMP = {"extra_compile_args": ["-O3", "-g0", "-fopenmp"], "extra_link_args": ["-fopenmp"]}
+
 
 class PlatformWheel(bdist_wheel):
-    """One wheel a platform: the kernels are loaded by ctypes and use nothing of Python's C API."""
+    """One wheel a platform: the libraries use nothing of Python's C API."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI and platform of the wheel's name."""
@@ -13,15 +19,44 @@ class PlatformWheel(bdist_wheel):
         return self.python_tag, "none", platform
 
 
+def core() -> list[Extension]:
+    """The C++ core, where the torch that is installed can be built against.
+
+    It needs torch's stable ABI of 2.10, whichever torch from 2.10 on has the headers.
+    """
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        return []
+    return [
+        Extension(
+            "int4q.kernels.cpu._int4_core",
+            ["int4q/kernels/cpu/int4_core.cpp", KERNELS],
+            depends=["int4q/kernels/cpu/int4_cpu.h"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+                ("INT4Q_VERSION", f'"{VERSION}"'),
+            ],
+            language="c++",
+            optional=True,
+            **OPENMP,
+        )
+    ]
+
+
 setup(
     cmdclass={"bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(
             "int4q.kernels.cpu._int4_cpu",
-            ["int4q/kernels/cpu/int4_cpu.c"],
-            extra_compile_args=["-O3", "-g0", "-fopenmp"],
-            extra_link_args=["-fopenmp"],
+            [KERNELS],
+            depends=["int4q/kernels/cpu/int4_cpu.h"],
             optional=True,
-        )
+            **OPENMP,
+        ),
+        *core(),
     ],
 )

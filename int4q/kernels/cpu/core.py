@@ -1,0 +1,121 @@
+"""``int4q::cpu_linear``: the CPU product behind every op on a plain weight, as an op of its own.
+
+It exists so that it can have a kernel in C++ (``int4_core.cpp``, on torch's stable ABI), which costs
+a fraction of a Python kernel's host time and runs where there is no Python. The ops that users
+call stay what they are: their checks, their derivatives and the registry lead here
+(:func:`linear`), and ``torch.compile`` puts this op in their place (:mod:`int4q.ops.lowering`).
+The Python kernel below is the definition, and what runs where the library was not built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from int4q._version import __version__
+from int4q.kernels import reference, registry
+from int4q.kernels.cpu import blocked, native
+from int4q.kernels.cpu.native import Product
+from int4q.kernels.registry import KernelPreference, Problem
+from int4q.kernels.weight import Weight
+
+SWITCH = "INT4Q_CPU_CORE"
+"""Environment variable; ``0`` leaves the C++ kernel unused."""
+_LIBRARY = torch.library.Library("int4q", "FRAGMENT")
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, its kernel registered, or ``None`` and the reason why not; settled once."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"switched off by {SWITCH}=0"
+    found = sorted(Path(__file__).parent.glob("_int4_core*.so"))
+    if not found:
+        return None, (
+            "the C++ core was not built (pip install --no-build-isolation, with torch and a C++ "
+            "compiler)"
+        )
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        library.int4q_core_version.restype = ctypes.c_char_p
+        version = library.int4q_core_version().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ core did not load: {error} (install int4q again)"
+    if version != __version__:
+        return None, f"the C++ core is of version {version}, not {__version__} (install int4q again)"
+    few_rows = Problem("int4_linear", "cpu", torch.float32, torch.float32, 1, 32, 32, 32)
+    if reason := native.unsupported(few_rows):
+        return None, reason
+    if library.int4q_core_register(0):
+        return None, f"torch {torch.__version__} did not take the C++ core's kernel"
+    registry.watch(lambda choice, change: _refuse(library, choice, change))
+    return library, None
+
+
+def _refuse(library: ctypes.CDLL, choice: KernelPreference, change: int) -> None:
+    """Every kernel on a CPU is torch's; another preference in force must reach compiled graphs."""
+    if choice not in (KernelPreference.AUTO, KernelPreference.TORCH):
+        library.int4q_core_refuse(change)
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    rounded: bool = False,
+) -> Tensor:
+    """``(x * act_pre_scale) @ W.T + bias`` by the op.
+
+    Args:
+        x: bfloat16, float16 or float32 ``[.., K]``, any strides.
+        weight: ``[N, K]``, one that :func:`native.unsupported_weight` has nothing against.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``.
+        rounded: weights are rounded to ``x``'s dtype (bfloat16), which takes no zero points.
+
+    Returns:
+        ``[.., N]`` in ``x.dtype``.
+    """
+    limits = native.DECODE_MAX_M[x.dtype], native.TILES_MIN_M
+    run = _cpu_linear if load()[0] is None else torch.ops.int4q.cpu_linear.default
+    return run(x, *weight, bias, act_pre_scale, rounded, *limits)
+
+
+def _cpu_linear(
+    x, qdata, scale, zero_point, group_size, signed, bias, act_pre_scale, rounded, *limits
+):
+    weight = Weight(qdata, scale, zero_point, group_size, signed)
+    flat = reference.pre_scaled(x, act_pre_scale).reshape(-1, x.shape[-1])
+    product = Product.BF16 if rounded else Product.EXACT
+    y = _matrix_linear(flat, weight, bias, product)
+    return y.view(*x.shape[:-1], weight.N)
+
+
+def _matrix_linear(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
+    """The compiled kernels where they are fastest, blocks for the rest; NaN and Inf as in torch."""
+    dtype = x.dtype if product == Product.BF16 else None
+    by_blocks = functools.partial(blocked.linear, weight=weight, bias=bias, dtype=dtype)
+    facts = x.dtype, weight.scale.dtype, x.shape[0], weight.N, weight.K, weight.group_size
+    if native.unsupported(Problem("int4_linear", "cpu", *facts), product) is not None:
+        return by_blocks(x)
+    return native.linear(x, weight, bias, product, by_blocks)
+
+
+def _fake(x, qdata, *rest):
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+_LIBRARY.define(
+    "cpu_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int group_size, "
+    "bool signed, Tensor? bias, Tensor? act_pre_scale, bool rounded, int decode_max_m, "
+    "int tiles_min_m) -> Tensor"
+)
+_LIBRARY.impl("cpu_linear", _cpu_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int4q::cpu_linear", _fake, lib=_LIBRARY)
+load()
