@@ -1,4 +1,4 @@
-"""The compiled CPU kernels and the C++ core: optional, so that the rest installs without compilers."""
+"""The compiled CPU kernels and the C++ core: optional; without compilers the rest installs."""
 
 import runpy
 

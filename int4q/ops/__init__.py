@@ -6,7 +6,14 @@ Weights are 2-D (``qdata`` int8 ``[N, K/2]``, ``scale`` and ``zero_point`` ``[n_
 stacks of them with one more leading dim. The weight takes no gradient; activations and bias do.
 """
 
-from int4q.ops import cpu_packed, experts, fp8, q4gsw, symmetric  # noqa: F401  (registered)
+from int4q.ops import (  # noqa: F401  (registered)
+    cpu_packed,
+    experts,
+    fp8,
+    lowering,
+    q4gsw,
+    symmetric,
+)
 from int4q.ops.define import SCALE_DTYPES
 from int4q.ops.linear import coalesced_linear, linear_parts
 

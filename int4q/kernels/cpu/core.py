@@ -1,8 +1,8 @@
 """``int4q::cpu_linear``: the CPU product behind every op on a plain weight, as an op of its own.
 
-It exists so that it can have a kernel in C++ (``int4_core.cpp``, on torch's stable ABI), which costs
-a fraction of a Python kernel's host time and runs where there is no Python. The ops that users
-call stay what they are: their checks, their derivatives and the registry lead here
+It exists so that it can have a kernel in C++ (``int4_core.cpp``, on torch's stable ABI), which
+costs a fraction of a Python kernel's host time and runs where there is no Python. The ops that
+users call stay what they are: their checks, their derivatives and the registry lead here
 (:func:`linear`), and ``torch.compile`` puts this op in their place (:mod:`int4q.ops.lowering`).
 The Python kernel below is the definition, and what runs where the library was not built.
 """
@@ -26,6 +26,8 @@ from int4q.kernels.weight import Weight
 
 SWITCH = "INT4Q_CPU_CORE"
 """Environment variable; ``0`` leaves the C++ kernel unused."""
+DTYPES = tuple(native.DECODE_MAX_M)
+"""Of activations."""
 _LIBRARY = torch.library.Library("int4q", "FRAGMENT")
 
 
@@ -47,7 +49,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"the C++ core did not load: {error} (install int4q again)"
     if version != __version__:
-        return None, f"the C++ core is of version {version}, not {__version__} (install int4q again)"
+        reason = f"the C++ core is of version {version}, not {__version__}"
+        return None, f"{reason} (install int4q again)"
     few_rows = Problem("int4_linear", "cpu", torch.float32, torch.float32, 1, 32, 32, 32)
     if reason := native.unsupported(few_rows):
         return None, reason
@@ -77,34 +80,35 @@ def linear(
         weight: ``[N, K]``, one that :func:`native.unsupported_weight` has nothing against.
         bias: ``[N]``.
         act_pre_scale: ``[K]``.
-        rounded: weights are rounded to ``x``'s dtype (bfloat16), which takes no zero points.
+        rounded: weights are rounded to ``x``'s dtype, bfloat16; they have no zero points.
 
     Returns:
         ``[.., N]`` in ``x.dtype``.
     """
     limits = native.DECODE_MAX_M[x.dtype], native.TILES_MIN_M
-    run = _cpu_linear if load()[0] is None else torch.ops.int4q.cpu_linear.default
-    return run(x, *weight, bias, act_pre_scale, rounded, *limits)
+    op = torch.ops.int4q.cpu_linear.default
+    return op(x, *weight, bias, act_pre_scale, rounded, *limits)
 
 
 def _cpu_linear(
     x, qdata, scale, zero_point, group_size, signed, bias, act_pre_scale, rounded, *limits
 ):
+    """The compiled kernels where they are fastest, blocks for the rest; NaN and Inf as in torch.
+
+    The limits on M are for where :mod:`native` does not say them.
+    """
     weight = Weight(qdata, scale, zero_point, group_size, signed)
     flat = reference.pre_scaled(x, act_pre_scale).reshape(-1, x.shape[-1])
+    by_blocks = functools.partial(
+        blocked.linear, weight=weight, bias=bias, dtype=x.dtype if rounded else None
+    )
     product = Product.BF16 if rounded else Product.EXACT
-    y = _matrix_linear(flat, weight, bias, product)
+    facts = x.dtype, scale.dtype, flat.shape[0], weight.N, weight.K, group_size
+    if native.unsupported(Problem("int4_linear", "cpu", *facts), product) is None:
+        y = native.linear(flat, weight, bias, product, by_blocks)
+    else:
+        y = by_blocks(flat)
     return y.view(*x.shape[:-1], weight.N)
-
-
-def _matrix_linear(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
-    """The compiled kernels where they are fastest, blocks for the rest; NaN and Inf as in torch."""
-    dtype = x.dtype if product == Product.BF16 else None
-    by_blocks = functools.partial(blocked.linear, weight=weight, bias=bias, dtype=dtype)
-    facts = x.dtype, weight.scale.dtype, x.shape[0], weight.N, weight.K, weight.group_size
-    if native.unsupported(Problem("int4_linear", "cpu", *facts), product) is not None:
-        return by_blocks(x)
-    return native.linear(x, weight, bias, product, by_blocks)
 
 
 def _fake(x, qdata, *rest):

@@ -30,6 +30,17 @@ def preferred_packing() -> str:
     return "rows" if native.unsupported(problem) is None else "aten"
 
 
+def _linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
+) -> Tensor:
+    """:func:`native.linear`; NaN and Inf in ``x`` as in torch."""
+    if core.load()[0] is not None:
+        return core.linear(x, weight, bias, act_pre_scale)
+    by_blocks = partial(blocked.linear, weight=weight, bias=bias)
+    x = reference.pre_scaled(x, act_pre_scale)
+    return native.linear(x, weight, bias, out_of_range_rows=by_blocks)
+
+
 def _linear_int8(
     x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
 ) -> Tensor:
@@ -41,7 +52,9 @@ def _linear_int8(
 
 def _linear_rounded(x: Tensor, weight: Weight) -> Tensor:
     """:func:`reference.linear_rounded` by the compiled kernel."""
-    return core.linear(x, weight, rounded=True)
+    if core.load()[0] is not None:
+        return core.linear(x, weight, rounded=True)
+    return native.linear(x, weight, product=Product.BF16)
 
 
 def _int8_unsupported(problem: Problem) -> str | None:
@@ -71,7 +84,7 @@ def _kernel(name: str, unsupported: Callable, run: Callable, **slow: Callable) -
     return Kernel(name, KernelPreference.TORCH, unsupported, run, **slow)
 
 
-NATIVE = _kernel("cpu_native", native.unsupported, core.linear)
+NATIVE = _kernel("cpu_native", native.unsupported, _linear)
 NATIVE_INT8 = _kernel("cpu_native_w4a8", _int8_unsupported, _linear_int8)
 NATIVE_ROUNDED = _kernel(
     "cpu_native", partial(native.unsupported, product=Product.BF16), _linear_rounded
