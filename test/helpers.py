@@ -1,15 +1,27 @@
 """What several test files use."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
+from int4q.kernels.cpu import core
 
 ROOT = Path(__file__).parents[1]
 """Of the repository."""
 LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+
+
+@contextlib.contextmanager
+def without_core():
+    """The Python kernels where the C++ core would run; not in graphs that are compiled already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "load", lambda: (None, "switched off by a test"))
+        yield
 
 
 def run_in_interpreter(path: str) -> None:

@@ -93,7 +93,7 @@ _TABLES: dict[str, tuple[Kernel, ...]] = {}
 _PREFERENCE: ContextVar[KernelPreference] = ContextVar(
     "int4q_kernel_preference", default=KernelPreference.AUTO
 )
-_WATCHERS: list[Callable[[KernelPreference, int], None]] = []
+_WATCHERS: list[Callable[[KernelPreference], None]] = []
 
 
 def register(op: str, *kernels: Kernel) -> None:
@@ -178,19 +178,22 @@ def kernel_preference(choice: KernelPreference | str) -> Iterator[None]:
         known = [p.value for p in KernelPreference]
         raise errors.value(f"kernel preference must be one of {known}", repr(choice)) from None
     token = _PREFERENCE.set(choice)
-    for watcher in _WATCHERS:
-        watcher(choice, 1)
+    _tell_watchers()
     try:
         yield
     finally:
-        for watcher in _WATCHERS:
-            watcher(choice, -1)
         _PREFERENCE.reset(token)
+        _tell_watchers()
 
 
-def watch(watcher: Callable[[KernelPreference, int], None]) -> None:
-    """Call ``watcher(choice, 1)`` on the way into every preference, ``(choice, -1)`` out of it.
+def watch(watcher: Callable[[KernelPreference], None]) -> None:
+    """Call ``watcher`` with the preference in force in this thread, whenever it changes.
 
     For what runs without Python and cannot ask :func:`preference`.
     """
     _WATCHERS.append(watcher)
+
+
+def _tell_watchers() -> None:
+    for watcher in _WATCHERS:
+        watcher(preference())

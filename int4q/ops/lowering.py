@@ -15,7 +15,7 @@ from torch._inductor import decomposition  # (torchao imports it anyway)
 
 from int4q.kernels import cpu, registry
 from int4q.kernels.cpu import core
-from int4q.kernels.registry import Kernel, KernelPreference, Problem
+from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 from int4q.ops import q4gsw, symmetric  # noqa: F401  (their ops are named below)
 from int4q.ops.linear import turned
@@ -34,16 +34,11 @@ def _lowered(
     rows: tuple[int, ...] = (1, _MANY_ROWS),
 ):
     """``cpu_linear`` where it is what the registry picks for any number of rows (in ``rows``)."""
-    possible = x.device.type == "cpu" and x.dtype in core.DTYPES and core.load()[0] is not None
-    auto = registry.preference() in (KernelPreference.AUTO, KernelPreference.TORCH)
-    if possible and auto and all(_chosen(op, x, weight, M) in _SAME for M in rows):
-        return core.linear(x, weight, bias, act_pre_scale, rounded=op == "int4_matmul")
-    return NotImplemented
-
-
-def _chosen(op: str, x: Tensor, weight: Weight, M: int) -> Kernel:
-    shape = M, weight.N, weight.K, weight.group_size
-    return registry.choose(Problem(op, x.device.type, x.dtype, weight.scale.dtype, *shape))
+    facts = weight.N, weight.K, weight.group_size
+    problems = [Problem(op, x.device.type, x.dtype, weight.scale.dtype, M, *facts) for M in rows]
+    if any(core.unsupported(p) is not None or registry.choose(p) not in _SAME for p in problems):
+        return NotImplemented
+    return core.linear(x, weight, bias, act_pre_scale, rounded=op == "int4_matmul")
 
 
 def _replace(op: torch._ops.OpOverload):

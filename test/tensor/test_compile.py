@@ -48,6 +48,7 @@ def cases():
         "int4_grouped_mm_backward": (torch.randn(5, 16), *three, offs),
         "int4_cpu_packed_linear": (x, packed.qdata, packed.scale_and_zero, 32),
         "int4_cpu_unpack": (packed.qdata,),
+        "cpu_linear": (xb.detach(), *two, True, bias.detach(), None, False, 16, 5),
         "linear_q4gsw": (x, two[0].view(torch.uint8), two[1], 32, bias),
         "linear_q4gsw_backward": (torch.randn(5, 16), two[0].view(torch.uint8), two[1], 32),
         "dequant_w4_to_bf16": (two[0], coalesced[1].bfloat16(), 32),

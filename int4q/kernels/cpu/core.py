@@ -26,8 +26,8 @@ from int4q.kernels.weight import Weight
 
 SWITCH = "INT4Q_CPU_CORE"
 """Environment variable; ``0`` leaves the C++ kernel unused."""
-DTYPES = tuple(native.DECODE_MAX_M)
-"""Of activations."""
+_PREFERENCES = (KernelPreference.AUTO, KernelPreference.TORCH)
+"""Those that kernels on a CPU meet. Compiled graphs call the C++ kernel under others too."""
 _LIBRARY = torch.library.Library("int4q", "FRAGMENT")
 
 
@@ -56,14 +56,17 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, reason
     if library.int4q_core_register(0):
         return None, f"torch {torch.__version__} did not take the C++ core's kernel"
-    registry.watch(lambda choice, change: _refuse(library, choice, change))
+    registry.watch(lambda choice: library.int4q_core_refuse(choice not in _PREFERENCES))
     return library, None
 
 
-def _refuse(library: ctypes.CDLL, choice: KernelPreference, change: int) -> None:
-    """Every kernel on a CPU is torch's; another preference in force must reach compiled graphs."""
-    if choice not in (KernelPreference.AUTO, KernelPreference.TORCH):
-        library.int4q_core_refuse(change)
+def unsupported(problem: Problem) -> str | None:
+    """Why the C++ kernel cannot run ``problem`` (for any M), or ``None``."""
+    if problem.dtype not in native.DECODE_MAX_M:
+        return f"takes bfloat16, float16 and float32 activations, not {problem.dtype}"
+    if registry.preference() not in _PREFERENCES:
+        return f"every kernel on a CPU is torch's, not {registry.preference().value}'s"
+    return load()[1] or native.unsupported_weight(problem)
 
 
 def linear(

@@ -30,8 +30,8 @@ const char *const SCHEMA =
     "int tiles_min_m) -> Tensor";
 constexpr int64_t BLOCK_ELEMENTS = 1 << 20; /* as blocked.py's, for the same bits */
 
-/* Depth of preferences for a backend that runs nothing on a CPU; see registry.py. */
-thread_local int refusals = 0;
+/* Whether the kernel preference in force asks for a backend that runs nothing on a CPU. */
+thread_local bool refuse = false;
 
 int64_t kind(ScalarType dtype) {
     switch (dtype) {
@@ -65,7 +65,7 @@ struct Weight {
 
 /* What memory safety asks for; the ops that users call have said more, and better. */
 void check(const Tensor &x, const Weight &w, const Optional &bias, const Optional &act_pre_scale) {
-    STD_TORCH_CHECK(refusals == 0, "int4q::cpu_linear: no kernel for the preference in force runs "
+    STD_TORCH_CHECK(!refuse, "int4q::cpu_linear: no kernel for the preference in force runs "
                                    "on a CPU. Leave kernel_preference, or ask for \"torch\"");
     STD_TORCH_CHECK(int4q_cpu_features() & FEATURE_VNNI,
                     "int4q::cpu_linear needs an x86-64 CPU with AVX-512 (F, BW, VL, VNNI)");
@@ -291,8 +291,8 @@ Tensor cpu_linear(const Tensor &x_in, const Tensor &qdata, const Tensor &scale,
 
 EXPORT const char *int4q_core_version(void) { return INT4Q_VERSION; }
 
-/* +1 on the way into a preference that no kernel on a CPU meets, -1 on the way out; this thread. */
-EXPORT void int4q_core_refuse(int change) { refusals += change; }
+/* Refuse to run in this thread, or run again: no kernel on a CPU meets the preference in force. */
+EXPORT void int4q_core_refuse(int yes) { refuse = yes; }
 
 /* Register the kernel, and the schema where no Python has (define_schema). 0, or 1 if torch refused.
  * Call it once. */
