@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, without_core
 from torch import nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,7 +151,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
     torch._dynamo.reset()
 
