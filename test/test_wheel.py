@@ -21,7 +21,7 @@ def test_a_wheel_serves_every_python_on_its_platform(tmp_path):
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tree / name)
-    for built in tree.rglob("_int4_cpu*"):
+    for built in tree.rglob("_int4_c*.*"):
         built.unlink()
     command = "pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir out"
     done = subprocess.run(
@@ -33,7 +33,9 @@ def test_a_wheel_serves_every_python_on_its_platform(tmp_path):
     assert wheel.name.endswith(f"-py3-none-{platform}.whl")
     names = zipfile.ZipFile(wheel).namelist()
     data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "int4q").rglob("*")
-            if p.suffix in (".c", ".cu", ".wgsl", ".typed")}  # fmt: skip
-    assert len(data) >= 6 and data <= set(names)
+            if p.suffix in (".c", ".cpp", ".cu", ".h", ".wgsl", ".typed")}  # fmt: skip
+    assert len(data) >= 8 and data <= set(names)
     if shutil.which("gcc"):
         assert any("_int4_cpu" in name for name in names)
+    if shutil.which("g++"):
+        assert any("_int4_core" in name for name in names)

@@ -11,6 +11,7 @@ from int4q.kernels.cpu.entries import (
     PACKED,
     PACKINGS,
     UNPACKING,
+    libraries,
     preferred_packing,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "PACKED",
     "PACKINGS",
     "UNPACKING",
+    "libraries",
     "preferred_packing",
 ]

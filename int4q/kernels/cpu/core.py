@@ -80,7 +80,8 @@ def linear(
 
     Args:
         x: bfloat16, float16 or float32 ``[.., K]``, any strides.
-        weight: ``[N, K]``, one that :func:`native.unsupported_weight` has nothing against.
+        weight: ``[N, K]``, one that :func:`native.unsupported_weight` has nothing against; its
+            bytes may be uint8 too.
         bias: ``[N]``.
         act_pre_scale: ``[K]``.
         rounded: weights are rounded to ``x``'s dtype, bfloat16; they have no zero points.
@@ -89,8 +90,7 @@ def linear(
         ``[.., N]`` in ``x.dtype``.
     """
     limits = native.DECODE_MAX_M[x.dtype], native.TILES_MIN_M
-    op = torch.ops.int4q.cpu_linear.default
-    return op(x, *weight, bias, act_pre_scale, rounded, *limits)
+    return _OP(x, *weight, bias, act_pre_scale, rounded, *limits)
 
 
 def _cpu_linear(
@@ -100,7 +100,7 @@ def _cpu_linear(
 
     The limits on M are for where :mod:`native` does not say them.
     """
-    weight = Weight(qdata, scale, zero_point, group_size, signed)
+    weight = Weight(qdata.view(torch.int8), scale, zero_point, group_size, signed)
     flat = reference.pre_scaled(x, act_pre_scale).reshape(-1, x.shape[-1])
     by_blocks = functools.partial(
         blocked.linear, weight=weight, bias=bias, dtype=x.dtype if rounded else None
@@ -125,4 +125,5 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("cpu_linear", _cpu_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("int4q::cpu_linear", _fake, lib=_LIBRARY)
+_OP = torch.ops.int4q.cpu_linear.default
 load()

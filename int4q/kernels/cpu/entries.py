@@ -23,6 +23,11 @@ PACKINGS = {"rows": 1, "aten": aten_packed.N_MULTIPLE}
 """Layouts of a CPU-packed weight -> what N must be a multiple of."""
 
 
+def libraries() -> dict[str, str | None]:
+    """The compiled libraries, each with the reason why it is not in use, or ``None``."""
+    return {"CPU kernels": native.load()[1], "C++ core": core.load()[1]}
+
+
 def preferred_packing() -> str:
     """``"rows"`` where int4q's compiled kernel runs on this machine, else ``"aten"``."""
     bf16 = torch.bfloat16

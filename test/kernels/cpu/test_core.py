@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import int4q
 from int4q import Int4Tensor, kernel_preference
-from int4q.kernels.cpu import core, native
+from int4q.kernels.cpu import core, libraries, native
 from int4q.kernels.registry import KernelPreference
 from int4q.kernels.weight import Weight
 
@@ -80,6 +80,7 @@ def test_same_bits_for_any_leading_dims_and_strides(M):
     check(x[0, 0, :1, 0].expand(5, w.K), w)
     check(torch.randn(M, 2 * w.K).to(BF16)[:, ::2], w)
     check(x, w._replace(qdata=w.qdata.mT.contiguous().mT))
+    check(x, w._replace(qdata=w.qdata.view(torch.uint8), signed=False))
     check(x, w._replace(scale=w.scale.mT.contiguous().mT))
 
 
@@ -208,6 +209,15 @@ def test_compiled_ops(case):
 
 
 @needs_core
+def test_one_graph_for_weights_of_any_shape():
+    op = torch.ops.int4q.int4_linear
+    run = torch.compile(lambda *args: op(*args), fullgraph=True, dynamic=True)
+    for N, K in ((48, 256), (64, 512), (32, 128)):
+        args = torch.randn(3, K).to(BF16), *weight(N, K)[:4]
+        assert torch.equal(run(*args), op(*args))
+
+
+@needs_core
 def test_compiled_gradients():
     net, x = Net(FP32), torch.randn(3, 256)
     grads = []
@@ -296,6 +306,9 @@ def test_the_switch(monkeypatch):
     monkeypatch.setenv(core.SWITCH, "0")
     library, reason = core.load.__wrapped__()
     assert library is None and core.SWITCH in reason
+    with without_core():
+        assert libraries() == {"CPU kernels": native.load()[1], "C++ core": core.load()[1]}
+        assert libraries()["C++ core"] is not None
 
 
 def test_the_preference_is_watched(monkeypatch):
