@@ -272,7 +272,8 @@ Tensor cpu_linear(const Tensor &x_in, const Tensor &qdata, const Tensor &scale,
     Optional floats;
     if (bias) {
         const bool as_is = kind(*bias) == KIND_FP32 && bias->is_contiguous();
-        floats = as_is ? *bias : torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+        const auto convert = [&] { return torch::stable::to(*bias, ScalarType::Float); };
+        floats = as_is ? *bias : torch::stable::contiguous(convert());
         a.bias = static_cast<const float *>(floats->data_ptr());
     }
     a.x = x.data_ptr();
@@ -295,8 +296,8 @@ EXPORT const char *int4q_core_version(void) { return INT4Q_VERSION; }
 /* Refuse to run in this thread, or run again: no kernel on a CPU meets the preference in force. */
 EXPORT void int4q_core_refuse(int yes) { refuse = yes; }
 
-/* Register the kernel, and the schema where no Python has (define_schema). 0, or 1 if torch refused.
- * Call it once. */
+/* Register the kernel, and the schema where no Python has (define_schema); once a process. 0, or 1
+ * if torch refused. */
 EXPORT int int4q_core_register(int define_schema) try {
     using torch::stable::detail::StableLibrary;
     const auto open = [](StableLibrary::Kind kind, const char *key) {
