@@ -5,11 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 
 ROOT = Path(__file__).parents[1]
 """Of the repository."""
 LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
 
 
 def run_in_interpreter(path: str) -> None:

@@ -38,12 +38,16 @@ def offset_binary(weight: Weight) -> Weight:
     return Weight(weight.qdata ^ flip, weight.scale, None, weight.group_size, signed=False)
 
 
-def values(weight: Weight) -> torch.Tensor:
-    """float32 ``[.., N, K]``: ``q * scale``, rounded, then plus the zero point, rounded."""
+def integers(weight: Weight) -> torch.Tensor:
+    """int8 ``[.., N, K]``: ``q``."""
     low, high = weight.qdata & 15, (weight.qdata >> 4) & 15
     nibbles = torch.stack([low, high], dim=-1).flatten(-2)
-    q = (nibbles ^ 8) - 8 if weight.signed else nibbles - 8
-    q = q.float().unflatten(-1, (-1, weight.group_size))
+    return (nibbles ^ 8) - 8 if weight.signed else nibbles - 8
+
+
+def values(weight: Weight) -> torch.Tensor:
+    """float32 ``[.., N, K]``: ``q * scale``, rounded, then plus the zero point, rounded."""
+    q = integers(weight).float().unflatten(-1, (-1, weight.group_size))
     result = q * weight.scale.float().mT.unsqueeze(-1)
     if weight.zero_point is not None:
         result = result + weight.zero_point.float().mT.unsqueeze(-1)

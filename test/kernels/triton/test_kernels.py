@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import weights
+from helpers import needs_hopper
 from weights import offset_binary, shifted, values
 
 from int4q.kernels.weight import Weight
@@ -20,7 +21,6 @@ from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
 from int4q.kernels.triton import matvec as triton_matvec  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ FLOAT32 = Case(20, 130, 320, 64, FP32, why="float32")
 
 ENGINES = [
     pytest.param(triton_matmul, id="triton"),
-    pytest.param(
-        gluon_matmul,
-        id="gluon",
-        marks=pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x"),
-    ),
+    pytest.param(gluon_matmul, id="gluon", marks=needs_hopper),
 ]
 
 
