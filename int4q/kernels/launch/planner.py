@@ -280,7 +280,7 @@ class Planner:
                 raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
-def _kind(tensor: Tensor | None) -> tuple | None:
+def _kind(tensor: Tensor | None) -> tuple[object, ...] | None:
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
 
