@@ -1,14 +1,37 @@
 """Random 4-bit weights as kernels take them, and their values by arithmetic of the tests' own."""
 
+from dataclasses import dataclass
+
 import torch
 
 from int4q.kernels.weight import Weight
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ENDS = (0x87, 0x78, 0x88, 0x77)
 """Bytes that hold both ends of a nibble's range, -8 and 7, in both places."""
-NORM_TOLERANCE = {torch.bfloat16: 2.2e-3, torch.float16: 3e-4, torch.float32: 3e-6}
+ELEMENT_TOLERANCE = {BF16: 2**-8, FP16: 2**-11, FP32: 2e-6}
+"""Output rounding (half a unit in the last place) plus the order of float32 additions."""
+NORM_TOLERANCE = {BF16: 2.2e-3, FP16: 3e-4, FP32: 3e-6}
 """``||y - expected|| / ||expected||``: rounding of the output, uniform in half a unit (0.0017 for
 bfloat16), and float32 accumulation. It grows with no size of the problem."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``x [M, K]`` times a weight ``[N, K]``, and why; scales have x's dtype by default."""
+
+    M: int
+    N: int
+    K: int
+    group_size: int
+    dtype: torch.dtype = BF16
+    scale_dtype: torch.dtype | None = None
+    coalesced: bool = False
+    why: str = ""
+
+    def __str__(self):
+        name = f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{str(self.dtype)[6:]}"
+        return f"{name}-{self.why.replace(' ', '_')}"
 
 
 def random_weight(N, K, group_size, dtype, *, experts=None, coalesced=False, generator=None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import weights
 from helpers import needs_hopper
-from weights import NORM_TOLERANCE, values
+from weights import BF16, FP16, FP32, NORM_TOLERANCE, values
 
 from int4q.kernels.weight import Weight
 
@@ -21,7 +21,6 @@ from int4q.kernels.triton import experts as triton_experts  # noqa: E402
 from int4q.kernels.triton import gluon_experts, tuned  # noqa: E402
 from int4q.kernels.triton.experts_plan import Rows  # noqa: E402
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # The decode kernels hold x in 16 bits a block of 128: 2e-5 of the result, theirs for float32 too.
 DECODE_TOLERANCE = NORM_TOLERANCE | {FP32: 4e-5}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import weights
 from helpers import needs_hopper
-from weights import offset_binary, shifted, values
+from weights import BF16, FP16, FP32, Case, offset_binary, shifted, values
 
 from int4q.kernels.weight import Weight
 
@@ -19,24 +17,6 @@ from int4q.kernels.triton import dequant as triton_dequant  # noqa: E402
 from int4q.kernels.triton import gluon_matmul  # noqa: E402
 from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
 from int4q.kernels.triton import matvec as triton_matvec  # noqa: E402
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    M: int
-    N: int
-    K: int
-    group_size: int
-    dtype: torch.dtype = BF16
-    scale_dtype: torch.dtype | None = None
-    coalesced: bool = False
-    why: str = ""
-
-    def __str__(self):
-        return f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{self.why.replace(' ', '_')}"
-
 
 CASES = [
     Case(1, 4096, 4096, 128, why="one row"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import weights
 from torch import nn
-from weights import shifted, values
+from weights import BF16, FP16, FP32, shifted, values
 
 from int4q.kernels.weight import Weight
 
@@ -23,8 +23,6 @@ from int4q.kernels import reference  # noqa: E402
 from int4q.kernels.cuda import decode as cuda_decode  # noqa: E402
 from int4q.kernels.triton import tuned  # noqa: E402
 from int4q.kernels.triton import w4a8 as triton_w4a8  # noqa: E402
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
