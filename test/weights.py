@@ -86,8 +86,13 @@ def check(y, expected, dtype, tolerance):
 
 
 def check_norm(y, expected, tolerance=NORM_TOLERANCE):
-    """``y`` as a whole: ``||y - expected||`` within ``tolerance[y.dtype]`` of ``||expected||``."""
+    """``y`` as a whole: ``||y - expected||`` within ``tolerance[y.dtype]`` of ``||expected||``.
+
+    Of fewer than 64 outputs roundings need not average out: there half a unit of each is the bound.
+    """
     assert y.shape == expected.shape and y.isfinite().all()
+    if y.numel() < 64 and tolerance is NORM_TOLERANCE:
+        tolerance = {BF16: 2**-8, FP16: 2**-11, FP32: NORM_TOLERANCE[FP32]}
     error, size = (y.double() - expected).norm().item(), expected.norm().item()
     assert error <= tolerance[y.dtype] * size, (error, size)
 

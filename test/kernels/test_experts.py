@@ -238,6 +238,7 @@ def test_graph_with_other_offsets(T, engine):
         check(y, grouped(x, w, offs), engine, offs)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_host_synchronisation():
     """Every op of the table, forward and backward, where the host may not wait for the device."""
     case = Case(8, 256, 512, 128, random_ends(8, 100), 100)

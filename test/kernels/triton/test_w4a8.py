@@ -194,6 +194,8 @@ MODELS = [
 COMPILED = dict(rtol=2e-2, atol=2e-2)
 
 
+# torch's CUDA graph trees capture an empty graph of their own to start a memory pool.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("layout,activation_dtype", MODELS)
 @torch.no_grad()
 def test_compiled_under_cuda_graphs(layout, activation_dtype):
