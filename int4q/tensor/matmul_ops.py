@@ -87,11 +87,23 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
     weight) no kernel fits and the weight is dequantised. A bias other than ``[N]`` broadcasts.
     """
     _only_weight("linear", x, w)
+    if len(w.block_size) == 2 and w.block_size[1] > 1:
+        return linear_along_groups(x, w, bias)
     x = _autocast(x)
     if bias is not None and bias.shape != w.shape[:1]:
         return added(bias, linear(x, w))
-    if len(w.block_size) != 2 or w.grouped_dim != 1:  # (``w.ndim`` would be dispatched: 1 us)
-        return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
+
+
+def linear_along_groups(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` for a ``w [N, K]`` grouped along K.
+
+    ``w`` may be anything that holds a weight's parts and has its layout's ``_linear``. Its logical
+    shape is not asked for: on a tensor subclass that costs a dispatch.
+    """
+    x = _autocast(x)
+    if bias is not None and bias.shape != w.qdata.shape[:1]:
+        return added(bias, w._linear(x, None))
     return w._linear(x, bias)
 
 
