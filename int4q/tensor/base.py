@@ -53,6 +53,8 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     optional_tensor_data_names = ["act_pre_scale"]
     optional_tensor_attribute_names = ["activation_dtype"]
     act_pre_scale = ActPreScale()
+    _is_held = False
+    """Whether a prepared module has the parts as buffers of its own (:mod:`int4q.prepare`)."""
 
     parts: ClassVar[dict[str, Part]]
     activation_dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -115,7 +117,7 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     @classmethod
     def __tensor_unflatten__(
         cls,
-        data: dict[str, Tensor],
+        data: dict[str, Any],
         attributes: dict[str, Any],
         outer_size: Sequence[int] | None = None,
         outer_stride: Sequence[int] | None = None,

@@ -188,9 +188,7 @@ def grouped_mm(
     if x.ndim == 3 and offs is None:
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
-        weight = *w._weight_parts(), w.group_size, offs
-        op = torch.ops.int4q.int4_grouped_mm
-        y = _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
+        y = grouped_along_groups(x, w, offs)
     else:
         raise errors.value(
             "grouped_mm takes x [T, K], w [E, K, N] grouped along K, and offs [E]",
@@ -198,6 +196,13 @@ def grouped_mm(
             "Quantise experts as [E, N, K] and pass w.transpose(-2, -1)",
         )
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def grouped_along_groups(x: Tensor, w: Int4TensorBase, offs: Tensor) -> Tensor:
+    """:func:`grouped_mm` for a ``w`` grouped along the contracted dim, or what holds its parts."""
+    weight = *w._weight_parts(), w.group_size, offs
+    op = torch.ops.int4q.int4_grouped_mm
+    return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
 
 
 # --- the functions of torch, each under its own parameter names -----------------------------------
