@@ -68,9 +68,7 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
     return model
 
 
-def _convert_places(
-    model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]
-) -> None:
+def _convert_places(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> None:
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for registry, name, t in _weights(model):
         places.setdefault(id(t), []).append((registry, name))

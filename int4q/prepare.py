@@ -158,7 +158,7 @@ def _is_held(module: nn.Module, name: str) -> bool:
 class Prepared(nn.Module):
     """Mixed into the class of a prepared module, which stays an instance of what it was."""
 
-    _given: type[nn.Module]
+    _given: Any
     """The class before."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -192,7 +192,7 @@ class Prepared(nn.Module):
         return _empty, (self._given, tuple(self.__dict__[_HELD])), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__class__ = self._given
+        _become(self, self._given)
         self.__setstate__(state)
         _hold(self)
 
@@ -214,7 +214,8 @@ def _hold(module: nn.Module) -> dict[str, str]:
         module._parameters[name] = None  # its place in the order of parameters
     if held:
         module.__dict__[_HELD] = held
-        module.__class__ = _prepared_class(type(module), tuple(held))
+        given: Any = type(module)
+        _become(module, _prepared_class(given, tuple(held)))
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -224,7 +225,11 @@ def _release(module: Prepared) -> None:
         w.__dict__.pop("_is_held", None)  # (of a tied weight once only)
         if module._parameters[name] is None:
             module._parameters[name] = w
-    module.__class__ = module._given
+    _become(module, module._given)
+
+
+def _become(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
 
 
 def _reason_left(module: nn.Module, name: str, w: Int4TensorBase) -> str | None:
@@ -249,14 +254,14 @@ def _reason_left(module: nn.Module, name: str, w: Int4TensorBase) -> str | None:
 
 
 @functools.cache
-def _prepared_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[Prepared]:
+def _prepared_class(cls: Any, names: tuple[str, ...]) -> type[Prepared]:
     namespace: dict[str, Any] = {"_given": cls, **{name: _parameter(name) for name in names}}
     if forward := _forward(cls):
         namespace["forward"] = forward
     return type(f"Prepared{cls.__name__}", (Prepared, cls), namespace)
 
 
-def _empty(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _empty(cls: Any, names: tuple[str, ...]) -> nn.Module:
     prepared = _prepared_class(cls, names)
     return prepared.__new__(prepared)
 
@@ -268,11 +273,11 @@ def _parameter(name: str) -> property:
     return property(read)
 
 
-def _forward(cls: type[nn.Module]) -> Callable[..., Tensor] | None:
+def _forward(cls: Any) -> Callable[..., Tensor] | None:
     """The prepared forward of a class whose own is that of a linear layer, else ``None``."""
     if cls.forward is nn.Linear.forward:
         return _linear_forward
-    known = conv1d(cls)
+    known: Any = conv1d(cls)
     return _conv1d_forward if known is not None and cls.forward is known.forward else None
 
 
