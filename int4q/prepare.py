@@ -281,13 +281,22 @@ def _forward(cls: Any) -> Callable[..., Tensor] | None:
     return _conv1d_forward if known is not None and cls.forward is known.forward else None
 
 
+def _is_direct(module: Any, x: Tensor) -> bool:
+    """Whether the product may pass torch's functions by: unless ``x`` or a mode overrides them.
+
+    (Compiled code is traced under a mode of the tracer's own.)
+    """
+    held = _is_held(module, "weight")
+    return held and (torch.compiler.is_compiling() or not has_torch_function_unary(x))
+
+
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
-    if not _is_held(self, "weight") or has_torch_function_unary(input):
+    if not _is_direct(self, input):
         return self._given.forward(self, input)
     return linear_along_groups(input, in_use(self, "weight"), self.bias)
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    if not _is_held(self, "weight") or has_torch_function_unary(x):
+    if not _is_direct(self, x):
         return self._given.forward(self, x)
     return added(self.bias, linear_along_groups(x, in_use(self, "weight")))
