@@ -281,22 +281,29 @@ def _forward(cls: Any) -> Callable[..., Tensor] | None:
     return _conv1d_forward if known is not None and cls.forward is known.forward else None
 
 
-def _is_direct(module: Any, x: Tensor) -> bool:
-    """Whether the product may pass torch's functions by: unless ``x`` or a mode overrides them.
+def _weight(module: Any, x: Tensor) -> Any:
+    """What a linear layer's product takes for its weight.
 
-    (Compiled code is traced under a mode of the tracer's own.)
+    ``None`` where the forward before is to run: with a weight that was put into ``_parameters``
+    itself, and for torch's functions to be overridden by ``x`` or a mode. (Compiled code is traced
+    under a mode of the tracer's own.)
     """
-    held = _is_held(module, "weight")
-    return held and (torch.compiler.is_compiling() or not has_torch_function_unary(x))
+    if module._parameters["weight"] is not None:
+        return None
+    if torch.compiler.is_compiling():
+        return module.weight_parts
+    return None if has_torch_function_unary(x) else module.__dict__[_HELD]["weight"]
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
-    if not _is_direct(self, input):
+    w = _weight(self, input)
+    if w is None:
         return self._given.forward(self, input)
-    return linear_along_groups(input, in_use(self, "weight"), self.bias)
+    return linear_along_groups(input, w, self.bias)
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    if not _is_direct(self, x):
+    w = _weight(self, x)
+    if w is None:
         return self._given.forward(self, x)
-    return added(self.bias, linear_along_groups(x, in_use(self, "weight")))
+    return added(self.bias, linear_along_groups(x, w))
