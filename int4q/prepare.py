@@ -210,22 +210,27 @@ def _hold(module: nn.Module) -> dict[str, str]:
     held = {name: weights[name] for name, reason in reasons.items() if reason is None}
     for name, w in held.items():
         w._is_held = True
-        module.add_module(f"{name}_parts", _parts_class(type(w))(w))
-        module._parameters[name] = None  # its place in the order of parameters
+        parts = _parts_class(type(w))(w)
+        module.add_module(f"{name}_parts", parts.train(module.training))
     if held:
         module.__dict__[_HELD] = held
         given: Any = type(module)
         _become(module, _prepared_class(given, tuple(held)))
+    for name in held:
+        module._parameters[name] = None  # its place in the order of parameters
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _release(module: Prepared) -> None:
-    for name, w in module.__dict__.pop(_HELD).items():
-        del module._modules[f"{name}_parts"]
+    held = module.__dict__[_HELD]
+    for name, w in held.items():
         w.__dict__.pop("_is_held", None)  # (of a tied weight once only)
         if module._parameters[name] is None:
             module._parameters[name] = w
     _become(module, module._given)
+    for name in held:
+        del module._modules[f"{name}_parts"]
+    del module.__dict__[_HELD]
 
 
 def _become(module: Any, cls: type[nn.Module]) -> None:
@@ -298,12 +303,13 @@ def _weight(module: Any, x: Tensor) -> Any:
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     w = _weight(self, input)
     if w is None:
-        return self._given.forward(self, input)
+        return nn.Linear.forward(self, input)
     return linear_along_groups(input, w, self.bias)
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
     w = _weight(self, x)
     if w is None:
-        return self._given.forward(self, x)
+        known: Any = conv1d(type(self))
+        return known.forward(self, x)
     return added(self.bias, linear_along_groups(x, w))

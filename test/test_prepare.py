@@ -347,6 +347,14 @@ def test_hooks_stay():
     assert len(seen) == 1 and seen[0].shape == (3, 96)
 
 
+def test_a_forward_that_was_kept_runs_before_and_after():
+    m, x = prepare_for_inference_(model()), activation(3)
+    kept, expected = m[0].forward, m[0](x)
+    assert torch.equal(kept(x), expected)
+    unprepare_(m)
+    assert torch.equal(kept(x), expected)
+
+
 def test_export_holds_the_parts_once(tmp_path):
     m, x = prepare_for_inference_(model()), activation(3)
     rows = torch.export.Dim("rows", min=1, max=64)
