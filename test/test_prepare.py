@@ -99,6 +99,15 @@ def test_the_same_bits_from_plain_inputs(kind, act_pre_scale):
     assert torch.equal(m(x), expected) and torch.equal(result, expected) and not subclasses
 
 
+def test_cuda_graphs_would_read_the_parts_in_place():
+    """Inputs whose address torch does not take as fixed are copied at each replay of a graph."""
+    m, x, inputs = prepare_for_inference_(model()), activation(3), Inputs()
+    torch.compile(m, backend=inputs, fullgraph=True)(x)
+    parts = {id(b) for b in m.buffers()}
+    static = {id(t) for t in inputs.tensors if torch._dynamo.utils.get_static_address_type(t)}
+    assert len(parts) == 6 and parts <= static and id(x) not in static
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_inductor(kind):
