@@ -226,6 +226,22 @@ def test_a_loaded_weight_reaches_compiled_code(kind, assign):
     assert torch.equal(m(x), other(x)) and torch.equal(fast(x), other(x))
 
 
+def test_looking_and_loading_compile_nothing_anew():
+    m, x, graphs = prepare_for_inference_(model()), activation(3), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    fast = torch.compile(m, backend=backend, fullgraph=True)
+    fast(x)
+    int4q.summary(m, show=False)
+    m.load_state_dict(m.state_dict(), assign=True)
+    prepare_for_inference_(unprepare_(m.to("cpu")))
+    fast(x)
+    assert len(graphs) == 1
+
+
 def test_an_assigned_weight_reaches_compiled_code():
     m, other, x = prepare_for_inference_(model()), model(), activation(3)
     fast = torch.compile(m, backend="eager", fullgraph=True)
