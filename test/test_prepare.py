@@ -520,6 +520,20 @@ def transformers_model(make):
     return m
 
 
+def test_conv1d_under_a_mode_and_with_another_weight():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    m, x = nn.Sequential(conv1d(96, 64)), activation(2, 3, dtype=torch.float32)
+    quantize_(m, SMALL)
+    expected = m(x)
+    prepare_for_inference_(m)
+    assert isinstance(m[0], conv1d) and torch.equal(m(x), expected)
+    with torch.device("cpu"):  # a mode
+        assert torch.equal(m(x), expected)
+    other = torch.randn(64, 96)
+    result = torch.func.functional_call(m, {"0.weight": other}, (x,))
+    torch.testing.assert_close(result, x @ other + m[0].bias)
+
+
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, gpt2, qwen3_moe])
