@@ -568,6 +568,13 @@ def test_experts_of_another_implementation_are_named(implementation):
     assert not compiled(prepare_for_inference_(m), ids)[1]
 
 
+def stored(folder):
+    """Tensors and metadata of a saved model."""
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
 @pytest.mark.slow
 def test_a_model_quantised_on_load_is_saved_as_before(tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -578,11 +585,11 @@ def test_a_model_quantised_on_load_is_saved_as_before(tmp_path):
     m = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hp", quantization_config=config
     )
-    torch.save(m.state_dict(), tmp_path / "before.pt")
+    m.save_pretrained(tmp_path / "before")
     prepare_for_inference_(m)
-    torch.save(m.state_dict(), tmp_path / "after.pt")
-    before, after = (
-        torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("before", "after")
-    )
-    assert list(after) == list(before)
+    m.save_pretrained(tmp_path / "after")
+    before, metadata = stored(tmp_path / "before")
+    after, metadata_after = stored(tmp_path / "after")
+    assert after.keys() == before.keys() and metadata_after == metadata
+    assert any(name.endswith("qdata") for name in before)
     assert all(torch.equal(after[name], before[name]) for name in before)
