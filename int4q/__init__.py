@@ -9,6 +9,7 @@ from int4q.config import Int4WeightOnlyConfig
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
+from int4q.prepare import prepare_for_inference_, unprepare_
 from int4q.quantize import quantize_
 from int4q.report import Summary, summary
 from int4q.run import Int4SkipWarning
@@ -26,9 +27,11 @@ __all__ = [
     "__version__",
     "kernel_preference",
     "moe_config",
+    "prepare_for_inference_",
     "quantize_",
     "summary",
     "to_coalesced_",
     "to_plain_",
     "tune",
+    "unprepare_",
 ]

@@ -31,9 +31,19 @@ _READ_AS_BYTES = "torch's recurrent kernels read the bytes themselves"
 NOT_LINEAR = "not the weight of a linear layer"
 
 
+def _base(cls: type, *names: str) -> type | None:
+    """``cls`` or the class it derives from that has one of the qualified names: imports nothing."""
+    return next((c for c in cls.__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
+
+
 def _is_a(module: nn.Module, *names: str) -> bool:
-    """Whether the module's class is, or derives from, one of a qualified name: imports nothing."""
-    return any(f"{c.__module__}.{c.__qualname__}" in names for c in type(module).__mro__)
+    """Whether the module's class is, or derives from, one of a qualified name."""
+    return _base(type(module), *names) is not None
+
+
+def conv1d(cls: type) -> type | None:
+    """transformers' ``Conv1D`` if ``cls`` is it or derives from it, else ``None``."""
+    return _base(cls, _CONV1D)
 
 
 def linear_parameters(module: nn.Module) -> list[str]:

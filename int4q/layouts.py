@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int4q import errors
+from int4q import errors, prepare
 from int4q.tensor import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tensor.base import Int4TensorBase
 
@@ -63,6 +63,12 @@ def to_plain_(model: nn.Module) -> nn.Module:
 def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
+    with prepare.as_given(model):
+        _convert_places(model, convert)
+    return model
+
+
+def _convert_places(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> None:
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for registry, name, t in _weights(model):
         places.setdefault(id(t), []).append((registry, name))
@@ -77,7 +83,6 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
             new = nn.Parameter(new, requires_grad=False)
         for registry, name in shared:
             registry[name] = new
-    return model
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Int4TensorBase]]:

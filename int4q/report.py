@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from int4q.coverage import is_matrix, reason_left
+from int4q.prepare import as_given
 from int4q.run import reasons
 from int4q.tensor.base import Int4TensorBase
 
@@ -76,6 +77,14 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
         show: print the table.
         console: where to; the standard output by default.
     """
+    with as_given(model):
+        result = _report(model)
+    if show:
+        _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
+    return result
+
+
+def _report(model: nn.Module) -> Summary:
     quantized, skipped, before, after = [], [], 0, 0
     seen: dict[int, str] = {}
     for prefix, module in model.named_modules():
@@ -96,10 +105,7 @@ def summary(model: nn.Module, *, show: bool = True, console: Console | None = No
         for name in reasons(module).keys() - own.keys():  # computed weights: no memory of their own
             full = f"{prefix}.{name}" if prefix else name
             skipped.append(_weight(module, name, getattr(module, name), full))
-    result = Summary(tuple(quantized), tuple(skipped), before, after)
-    if show:
-        _print(result, console or Console(width=None if sys.stdout.isatty() else 120))
-    return result
+    return Summary(tuple(quantized), tuple(skipped), before, after)
 
 
 def _weight(

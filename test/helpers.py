@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from int4q import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.kernels.cpu import core
@@ -14,6 +15,8 @@ from int4q.kernels.cpu import core
 ROOT = Path(__file__).parents[1]
 """Of the repository."""
 LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import int4q
 ROOT = Path(int4q.__file__).parent
 # Each entry may import from those above it, and from itself.
 ORDER = ["_version", "errors", "geometry", "packing", "qparams", "kernels", "ops", "tensor",
-         "q4gsw", "coverage", "run", "config", "quantize", "moe", "layouts", "report",
+         "q4gsw", "coverage", "run", "config", "quantize", "moe", "prepare", "layouts", "report",
          "integrations", "bench", "tuning", "cli"]  # fmt: skip
 KERNELS_TOP = "table"  # in kernels/, only the table of kernels imports the kernels
 

@@ -127,7 +127,7 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -142,7 +142,7 @@ def run(out: Path, threads: int | None = None) -> dict:
         torch.set_num_threads(threads)
     result = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from int4q.prepare import EXPERTS, Parts, in_use
 from int4q.tensor.base import Int4TensorBase
-from int4q.tensor.matmul_ops import grouped_mm
+from int4q.tensor.matmul_ops import grouped_along_groups, grouped_mm
 
-NAME = "int4q"
+NAME = EXPERTS
 
 
 def experts_forward(
@@ -62,12 +63,15 @@ def experts_forward(
 
 def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, row: Tensor) -> Tensor:
     """Rows of ``x [S, in]``, sorted by expert, times their experts' weights, plus their biases."""
-    w = getattr(self, name)
-    w = w if self.is_transposed else w.transpose(-2, -1)
-    if isinstance(w, Int4TensorBase):
-        y = grouped_mm(x, w, offs)
-    else:  # a layer that was left as it is
-        y = getattr(moe, "_grouped_mm", torch._grouped_mm)(x, w, offs=offs)
+    w = in_use(self, name)
+    if isinstance(w, Parts):
+        y = grouped_along_groups(x, w, offs)
+    else:
+        w = w if self.is_transposed else w.transpose(-2, -1)
+        if isinstance(w, Int4TensorBase):
+            y = grouped_mm(x, w, offs)
+        else:  # a layer that was left as it is
+            y = getattr(moe, "_grouped_mm", torch._grouped_mm)(x, w, offs=offs)
     return y + getattr(self, f"{name}_bias")[row] if self.has_bias else y
 
 

@@ -84,7 +84,8 @@ def int4_plain_mm(
     Args:
         x: float32, float16, bfloat16 or float64 ``[.., K]``.
         qdata: int8 ``[N, K/2]``, signed nibbles.
-        scale, zero_point: float32, float16 or bfloat16 ``[N, K/group_size]``, both the same.
+        scale: float32, float16 or bfloat16 ``[N, K/group_size]``.
+        zero_point: as ``scale``.
         group_size: a multiple of 32 that divides K.
         bias: ``[N]``.
         act_pre_scale: ``[K]``; multiplies x first.
@@ -112,7 +113,8 @@ def int4_linear(
     Args:
         x: float32, float16, bfloat16 or float64 ``[.., K]``.
         qdata: int8 ``[N, K/2]``, signed nibbles.
-        scale, zero_point: float32, float16 or bfloat16 ``[K/group_size, N]``, both the same.
+        scale: float32, float16 or bfloat16 ``[K/group_size, N]``.
+        zero_point: as ``scale``.
         group_size: divides K.
         bias: ``[N]``.
         act_pre_scale: ``[K]``; multiplies x first.
@@ -136,7 +138,8 @@ def int4_bmm(
     Args:
         x: float32, float16, bfloat16 or float64 ``[B, M, K]``.
         qdata: int8 ``[B, N, K/2]``, signed nibbles.
-        scale, zero_point: float32, float16 or bfloat16 ``[B, K/group_size, N]``, both the same.
+        scale: float32, float16 or bfloat16 ``[B, K/group_size, N]``.
+        zero_point: as ``scale``.
         group_size: divides K.
         act_pre_scale: ``[K]``; multiplies x first.
 
@@ -160,7 +163,8 @@ def int4_grouped_mm(
     Args:
         x: float32, float16, bfloat16 or float64 ``[S, K]``.
         qdata: int8 ``[E, N, K/2]``, signed nibbles.
-        scale, zero_point: float32, float16 or bfloat16 ``[E, K/group_size, N]``, both the same.
+        scale: float32, float16 or bfloat16 ``[E, K/group_size, N]``.
+        zero_point: as ``scale``.
         group_size: divides K.
         offs: int32 ``[E]``, ascending: the row after the last one of each expert.
         act_pre_scale: ``[K]``; multiplies x first.

@@ -53,6 +53,8 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     optional_tensor_data_names = ["act_pre_scale"]
     optional_tensor_attribute_names = ["activation_dtype"]
     act_pre_scale = ActPreScale()
+    _is_held = False
+    """Whether a prepared module has the parts as buffers of its own (:mod:`int4q.prepare`)."""
 
     parts: ClassVar[dict[str, Part]]
     activation_dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -98,6 +100,40 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         super().__init_subclass__(**kwargs)
         # torchao's base puts its own __setstate__ on every subclass; ours checks the parts.
         cls.__setstate__ = _checked_setstate
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """Names of the parts held, and the attributes: what ``__tensor_unflatten__`` takes.
+
+        Compiled code asks for it at every call, so the shape is read past ``__torch_function__``;
+        the other attributes are the instance's own and never get there.
+        """
+        optional = [n for n in self.optional_tensor_data_names if getattr(self, n) is not None]
+        with torch._C.DisableTorchFunctionSubclass():
+            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+        for name in self.optional_tensor_attribute_names:
+            attributes[name] = getattr(self, name)
+        return self.tensor_data_names + optional, attributes
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        data: dict[str, Any],
+        attributes: dict[str, Any],
+        outer_size: Sequence[int] | None = None,
+        outer_stride: Sequence[int] | None = None,
+    ) -> Self:
+        """The weight that was flattened, of the parts ``data``; size and stride follow from it."""
+        return cls(**data, **attributes)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = cls._TORCH_FN_TABLE[cls].get(func)
+        if handler is not None:
+            return handler(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(

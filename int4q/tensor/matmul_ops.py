@@ -87,11 +87,23 @@ def linear(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
     weight) no kernel fits and the weight is dequantised. A bias other than ``[N]`` broadcasts.
     """
     _only_weight("linear", x, w)
+    if len(w.block_size) == 2 and w.block_size[1] > 1:
+        return linear_along_groups(x, w, bias)
     x = _autocast(x)
     if bias is not None and bias.shape != w.shape[:1]:
         return added(bias, linear(x, w))
-    if len(w.block_size) != 2 or w.grouped_dim != 1:  # (``w.ndim`` would be dispatched: 1 us)
-        return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, _dequantized(w, x), None if bias is None else bias.to(x.dtype))
+
+
+def linear_along_groups(x: Tensor, w: Int4TensorBase, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` for a ``w [N, K]`` grouped along K.
+
+    ``w`` may be anything that holds a weight's parts and has its layout's ``_linear``. Its logical
+    shape is not asked for: on a tensor subclass that costs a dispatch.
+    """
+    x = _autocast(x)
+    if bias is not None and bias.shape != w.qdata.shape[:1]:
+        return added(bias, w._linear(x, None))
     return w._linear(x, bias)
 
 
@@ -176,9 +188,7 @@ def grouped_mm(
     if x.ndim == 3 and offs is None:
         y = matmul(x, w)
     elif w.ndim == 3 and w.grouped_dim == 1 and offs is not None:
-        weight = *w._weight_parts(), w.group_size, offs
-        op = torch.ops.int4q.int4_grouped_mm
-        y = _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
+        y = grouped_along_groups(x, w, offs)
     else:
         raise errors.value(
             "grouped_mm takes x [T, K], w [E, K, N] grouped along K, and offs [E]",
@@ -186,6 +196,13 @@ def grouped_mm(
             "Quantise experts as [E, N, K] and pass w.transpose(-2, -1)",
         )
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def grouped_along_groups(x: Tensor, w: Int4TensorBase, offs: Tensor) -> Tensor:
+    """:func:`grouped_mm` for a ``w`` grouped along the contracted dim, or what holds its parts."""
+    weight = *w._weight_parts(), w.group_size, offs
+    op = torch.ops.int4q.int4_grouped_mm
+    return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
 
 
 # --- the functions of torch, each under its own parameter names -----------------------------------

@@ -120,6 +120,12 @@ def _set_data(self, data):
             type(data).__name__,
             "Assign an nn.Parameter to the module instead",
         )
+    if self._is_held:
+        raise errors.value(
+            "the weight of a prepared module keeps its parts",
+            "other data",
+            "Assign the module's weight, or call int4q.unprepare_ first",
+        )
     with torch._C.DisableTorchFunctionSubclass():
         _DATA.__set__(self, data)  # shape, dtype and device
     _, attributes = data.__tensor_flatten__()

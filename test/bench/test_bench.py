@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from int4q import Int4Tensor
-from int4q.bench import cpu, decode, experts, experts_peers, peers, report, shapes
+from int4q.bench import cpu, decode, experts, experts_peers, host, peers, report, shapes
 from int4q.cli import main
 
 ROWS = [
@@ -46,6 +46,32 @@ def test_cpu_run_writes_checked_figures(tmp_path, monkeypatch, capsys):
     assert [r["M"] for r in result["linear"]] == [1, 40]
     assert all(t > 0 for r in result["linear"] for t in r["ms"].values())
     assert "| 64 x 128 | 32 | 40 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_host_run_writes_every_mode(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host, "SIZES", {"cpu": (64,)})
+    for name in ("LAYERS", "ROUNDS", "CALLS"):
+        monkeypatch.setattr(host, name, 2)
+    main(["bench", "host", "--device", "cpu", "--rows", "1", "3", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "host_cpu.json").read_text())
+    modes = [(row["M"], row["mode"]) for row in result["rows"]]
+    assert modes == [(1, "eager"), (1, "compiled"), (3, "eager"), (3, "compiled")]
+    for row in result["rows"]:
+        assert list(row["us"]) == ["bf16", "int4", "prepared"] and all(row["us"].values())
+        assert row["over_bf16"]["int4"] == row["us"]["int4"] / row["us"]["bf16"]
+    assert "| 64 x 64 | 3 | compiled |" in capsys.readouterr().out
+
+
+def test_host_times_no_wrong_result():
+    contenders, x = host.models(64, "cpu"), torch.randn(2, 64).bfloat16()
+    host.check(contenders, x)
+    contenders["prepared"][3].weight.qdata.zero_()
+    with pytest.raises(RuntimeError, match="prepared at M=2, K=64 differs from int4"):
+        host.check(contenders, x)
+    contenders["int4"][0].weight.scale.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="int4 at M=2, K=64: relative error nan"):
+        host.check(contenders, x)
 
 
 def test_a_wrong_result_is_never_timed(monkeypatch):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import weights
-from weights import NORM_TOLERANCE, values
+from helpers import needs_hopper
+from weights import BF16, FP16, FP32, NORM_TOLERANCE, values
 
 from int4q.kernels.weight import Weight
 
@@ -20,10 +21,8 @@ from int4q.kernels.triton import experts as triton_experts  # noqa: E402
 from int4q.kernels.triton import gluon_experts, tuned  # noqa: E402
 from int4q.kernels.triton.experts_plan import Rows  # noqa: E402
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # The decode kernels hold x in 16 bits a block of 128: 2e-5 of the result, theirs for float32 too.
 DECODE_TOLERANCE = NORM_TOLERANCE | {FP32: 4e-5}
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,8 @@ FLOAT32 = Case(5, 68, 320, 64, (3, 3, 20, 41, 41), 45, FP32, why="float32")
 ENGINES = {"triton": triton_experts, "gluon": gluon_experts, "cuda": cuda_experts}
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(params=["cuda", pytest.param("gluon", marks=needs_hopper), "triton"])
 def engine(request):
-    if request.param == "gluon" and not HOPPER:
-        pytest.skip("needs compute capability 9.x")
     return request.param
 
 
@@ -131,7 +128,7 @@ def test_grouped_mm(case, engine):
     check(y, grouped(x, seen(stack, case.dtype, engine), offs), engine, offs)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
+@needs_hopper
 @pytest.mark.parametrize("mean", [1, 8, 20, 60, 150, 600])
 @pytest.mark.parametrize("group_size,coalesced", [(128, False), (32, True)])
 def test_every_tile(mean, group_size, coalesced):
@@ -241,6 +238,7 @@ def test_graph_with_other_offsets(T, engine):
         check(y, grouped(x, w, offs), engine, offs)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_host_synchronisation():
     """Every op of the table, forward and backward, where the host may not wait for the device."""
     case = Case(8, 256, 512, 128, random_ends(8, 100), 100)
@@ -300,10 +298,9 @@ def test_more_than_2_31(rows, engine):
         check(y[at, last], x[at].double() @ w.t(), engine)
 
 
+@needs_hopper
 def test_many_rows_past_2_31():
     """T * N past 2^31 elements."""
-    if not HOPPER:
-        pytest.skip("needs compute capability 9.x")
     T, N, K = 140000, 16384, 128
     case = Case(2, N, K, 32, (100, T), T)
     x, stack, offs = parts(case)

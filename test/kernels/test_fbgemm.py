@@ -11,6 +11,7 @@ pytestmark = pytest.mark.gpu
 from int4q import Int4Tensor, KernelPreference, kernel_preference  # noqa: E402
 from int4q.kernels import fbgemm, reference, registry  # noqa: E402
 from int4q.kernels.registry import Problem  # noqa: E402
+from int4q.kernels.weight import Weight  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FP8 = torch.float8_e4m3fn
@@ -26,7 +27,7 @@ def weight(*shape, group=128, dtype=BF16, activation=None):
 
 
 def parts(t):
-    return t.qdata, t.scale, t.zero_point, t.group_size
+    return Weight(t.qdata, t.scale, t.zero_point, t.group_size)
 
 
 def error(got, expected):
@@ -76,10 +77,10 @@ def test_rowwise_batched(M, group, scale_dtype):
     """Scales of three dims reach the op as it counts groups: K is more than one group here."""
     t = weight(3, 256, 1024, group=group, dtype=scale_dtype)
     x = torch.randn(3, M, 1024, device="cuda", dtype=BF16)
-    got = fbgemm.ROWWISE_BATCHED.run(x, *parts(t))
+    got = fbgemm.ROWWISE_BATCHED.run(x, parts(t))
     expected = torch.bmm(x.double(), t.dequantize(FP32).double().mT)
     assert_close(got, expected, 5e-3)
-    assert fbgemm.ROWWISE_BATCHED.run(x[:, :0], *parts(t)).shape == (3, 0, 256)
+    assert fbgemm.ROWWISE_BATCHED.run(x[:, :0], parts(t)).shape == (3, 0, 256)
 
 
 @needs_fbgemm
@@ -94,7 +95,7 @@ def test_rowwise_fp8(M, group, dtype):
         got = F.linear(x, t, bias)
     assert got.dtype == dtype
     # fbgemm rounds the weights to e4m3 as well, 3 bits of mantissa: some 2.6 % of a product.
-    assert_close(got, reference.linear_fp8(x, *parts(t), bias), 5e-2)
+    assert_close(got, reference.linear_fp8(x, parts(t), bias), 5e-2)
     values, rows = reference.fp8_rows(x)
     w = t.dequantize(FP32).to(FP8).float()
     expected = values.float() @ w.t() * rows + bias.float()
@@ -166,7 +167,7 @@ def test_linear(preference, M, group):
     x, bias = torch.randn(M, 768, device="cuda", dtype=BF16), torch.randn(520, device="cuda")
     with kernel_preference(preference):
         got = F.linear(x, t, bias)
-    expected = reference.linear_fp8(x, *parts(t), bias, t.act_pre_scale)
+    expected = reference.linear_fp8(x, parts(t), bias, t.act_pre_scale)
     # Roundings to bfloat16: of the weights, of the product, of the scaled result.
     assert_close(got, expected, 6e-3)
 
@@ -174,7 +175,7 @@ def test_linear(preference, M, group):
 def test_stacks():
     t = weight(3, 256, 512, group=32, activation=FP8)
     x = torch.randn(3, 5, 512, device="cuda", dtype=BF16)
-    expected = torch.stack([reference.linear_fp8(x[e], *parts(t[e])) for e in range(3)])
+    expected = torch.stack([reference.linear_fp8(x[e], parts(t[e])) for e in range(3)])
     assert_close(torch.bmm(x, t), expected, 6e-3)
     offs = torch.tensor([5, 10, 15], dtype=torch.int32, device="cuda")
     got = F.grouped_mm(x.flatten(0, 1), t.transpose(1, 2), offs=offs)

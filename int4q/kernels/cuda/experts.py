@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from int4q.kernels.cuda import decode
-from int4q.kernels.cuda.decode import STEP_K, Config, Ring, Scales
+from int4q.kernels.cuda.decode_config import Config
+from int4q.kernels.cuda.ring import STEP_K, Ring, Scales
 from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import ROW_UNIT, TYPE_CODES, Parts, Plan, Planner
 from int4q.kernels.registry import Problem

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from int4q.kernels.weight import Weight
+
 module: Callable[[str], ModuleType] = functools.cache(importlib.import_module)
 """``import_module``, remembered: a call through the table looks its module up every time."""
 
@@ -24,12 +26,13 @@ def lazy(module_name: str, function: str, **fixed) -> Callable[..., Tensor]:
 
 
 def on_its_device(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``run`` with its first tensor's device current, where Triton launches."""
+    """``run`` with the device of its first argument current, where Triton launches."""
 
-    def guarded(first: Tensor, *rest):
-        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+    def guarded(first: Tensor | Weight, *rest):
+        tensor = first.qdata if isinstance(first, Weight) else first
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
             return run(first, *rest)
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(tensor.device):
             return run(first, *rest)
 
     return guarded

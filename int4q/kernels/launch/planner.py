@@ -203,11 +203,13 @@ class Planner:
             scale.shape,
             scale.stride(),
             scale.dtype,
+            zeros.dtype,
+            zeros.shape,
             zeros.stride(),
             group_size,
             signed,
-            None if bias is None else bias.dtype,
-            None if act_pre_scale is None else act_pre_scale.dtype,
+            _kind(bias),
+            _kind(act_pre_scale),
             pointers[0] & 15,
             (pointers[1] | pointers[2]) & 15,
             pointers[3] & 15,
@@ -276,6 +278,10 @@ class Planner:
         for name, tensor in named:
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def _kind(tensor: Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _tensors(parts: Parts) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from helpers import needs_hopper
 from weights import coalesced_scales, random_weight, shifted
 
 from int4q.kernels.weight import Weight
@@ -20,8 +21,6 @@ from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
 from int4q.kernels.triton import matvec as triton_matvec  # noqa: E402
 
 BF16 = torch.bfloat16
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,11 @@ else:
     from functools import partial
 
     import weights
+    from weights import BF16, ELEMENT_TOLERANCE, FP16, FP32
 
     from int4q.kernels import registry
     from int4q.kernels.triton import experts as triton_experts
     from int4q.kernels.triton import experts_plan as triton_plan
-
-    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-    # Output rounding (half a unit in the last place) plus the order of float32 additions.
-    TOLERANCE = {BF16: 2**-8, FP16: 2**-11, FP32: 2e-6}
 
     @dataclass(frozen=True)
     class Case:
@@ -73,7 +70,7 @@ else:
             y[start:end] = x[start:end].double() @ w[expert].t()
         return y
 
-    check = partial(weights.check, tolerance=TOLERANCE)
+    check = partial(weights.check, tolerance=ELEMENT_TOLERANCE)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_grouped_mm(case):

@@ -21,12 +21,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         run_in_interpreter(__file__)
 
 else:
-    from dataclasses import dataclass, replace
+    from dataclasses import replace
     from functools import partial
     from types import SimpleNamespace
 
     import weights
-    from weights import offset_binary, values
+    from weights import BF16, ELEMENT_TOLERANCE, FP16, FP32, Case, offset_binary, values
 
     from int4q.kernels import reference
     from int4q.kernels.triton import dequant as triton_dequant
@@ -36,23 +36,6 @@ else:
     from int4q.kernels.triton import tuned
     from int4q.kernels.triton import w4a8 as triton_w4a8
     from int4q.kernels.weight import Weight
-
-    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-    # Output rounding (half a unit in the last place) plus the order of float32 additions.
-    TOLERANCE = {BF16: 2**-8, FP16: 2**-11, FP32: 2e-6}
-
-    @dataclass(frozen=True)
-    class Case:
-        M: int
-        N: int
-        K: int
-        group_size: int
-        dtype: torch.dtype = BF16
-        scale_dtype: torch.dtype | None = None
-        why: str = ""
-
-        def __str__(self):
-            return f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{str(self.dtype)[6:]}-{self.why}"
 
     CASES = [
         Case(5, 70, 160, 32, why="K tail, N no power of two"),
@@ -65,7 +48,7 @@ else:
         Case(1, 96, 320, 64, why="one row"),
     ]
 
-    check = partial(weights.check, tolerance=TOLERANCE)
+    check = partial(weights.check, tolerance=ELEMENT_TOLERANCE)
 
     def parts(case, seed=0):
         """x and the weight."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import weights
-from weights import offset_binary, shifted, values
+from helpers import needs_hopper
+from weights import BF16, FP16, FP32, Case, offset_binary, shifted, values
 
 from int4q.kernels.weight import Weight
 
@@ -18,25 +17,6 @@ from int4q.kernels.triton import dequant as triton_dequant  # noqa: E402
 from int4q.kernels.triton import gluon_matmul  # noqa: E402
 from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
 from int4q.kernels.triton import matvec as triton_matvec  # noqa: E402
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
-@dataclass(frozen=True)
-class Case:
-    M: int
-    N: int
-    K: int
-    group_size: int
-    dtype: torch.dtype = BF16
-    scale_dtype: torch.dtype | None = None
-    coalesced: bool = False
-    why: str = ""
-
-    def __str__(self):
-        return f"{self.M}x{self.N}x{self.K}-g{self.group_size}-{self.why.replace(' ', '_')}"
-
 
 CASES = [
     Case(1, 4096, 4096, 128, why="one row"),
@@ -59,11 +39,7 @@ FLOAT32 = Case(20, 130, 320, 64, FP32, why="float32")
 
 ENGINES = [
     pytest.param(triton_matmul, id="triton"),
-    pytest.param(
-        gluon_matmul,
-        id="gluon",
-        marks=pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x"),
-    ),
+    pytest.param(gluon_matmul, id="gluon", marks=needs_hopper),
 ]
 
 

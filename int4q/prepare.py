@@ -1,0 +1,315 @@
+"""``prepare_for_inference_``: modules that hand plain tensors to compiled code, and the way back.
+
+``torch.compile`` makes every tensor that a module uses an input of its graph. A tensor subclass
+among them is taken apart again at every call and guarded by its metadata, which costs more than a
+small product. A prepared module keeps its 4-bit parameter back and has the parameter's own parts
+as plain buffers (:class:`Parts`, nothing copied); compiled code reads those, eager code the
+parameter itself, past ``__torch_function__``.
+
+Whatever looks at the parameters of a prepared module or changes them (``state_dict``, ``.to``,
+assignment, ..) meets it as it was given: it is put back for that long, and prepared anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
+
+from int4q import errors
+from int4q.coverage import contracted_dim, conv1d, expert_parameters
+from int4q.run import Int4SkipWarning, full_name, run_on
+from int4q.tensor.base import Int4TensorBase
+from int4q.tensor.matmul_ops import added, linear_along_groups
+
+EXPERTS = "int4q"
+"""The experts implementation of transformers that reads prepared stacks."""
+_HELD = "_int4q_held"
+"""Module attribute: name -> the 4-bit parameter that a prepared module keeps back."""
+
+
+def prepare_for_inference_(model: nn.Module) -> nn.Module:
+    """Let compiled code see plain tensors instead of 4-bit tensor subclasses, in place.
+
+    Results are the same bits, in eager mode and compiled. ``module.weight``, ``state_dict()``,
+    ``load_state_dict()``, ``.to()``, ``deepcopy``, ``torch.save``, :func:`int4q.summary` and
+    :func:`int4q.to_coalesced_` give and take the 4-bit tensor as before; gradients reach
+    activations and biases. ``named_parameters()`` does not list what is kept back, and the parts
+    are among the ``named_buffers()``. What is written past the module, by ``swap_tensors`` on its
+    weight, compiled code does not see.
+
+    Linear layers are prepared (``nn.Linear``, transformers' ``Conv1D``, the layers below peft's
+    adapters) and the experts of transformers under ``experts_implementation="int4q"``. A 4-bit
+    weight of any other module stays as it is and works as before; an :class:`Int4SkipWarning`
+    names it with the reason. Preparing again takes in what was quantised since.
+
+    Args:
+        model: any module; its submodules are looked through.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    unprepare_(model)
+    modules = list(model.modules())
+    with run_on(model) as run:
+        for module in modules:
+            for name, reason in _hold(module).items():
+                run.say(full_name(module, name), f"not prepared: {reason}")
+        run.warn()
+    if not any(map(_has_weights, model.modules())):
+        warnings.warn("the model has no 4-bit weights to prepare", Int4SkipWarning, stacklevel=2)
+    return model
+
+
+def unprepare_(model: nn.Module) -> nn.Module:
+    """Undo :func:`prepare_for_inference_`: the same classes, parameters and order as before.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
+    for module in _prepared(model):
+        _release(module)
+    return model
+
+
+@contextmanager
+def as_given(model: nn.Module) -> Iterator[None]:
+    """The prepared modules of ``model`` as they were, within the ``with`` block."""
+    modules = _prepared(model)
+    for module in modules:
+        _release(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            _hold(module)
+
+
+def _prepared(model: nn.Module) -> list[Prepared]:
+    return [module for module in model.modules() if isinstance(module, Prepared)]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    held = *module._parameters.values(), *module._buffers.values()
+    return isinstance(module, Prepared) or any(isinstance(t, Int4TensorBase) for t in held)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+class Parts(nn.Module):
+    """A weight's parts as buffers, and its layout's products: what compiled code reads.
+
+    Each layout has a subclass of its own, with those methods of the layout that read nothing but
+    parts. Stored nowhere: the buffers are not persistent, and copies are made of the parameter.
+    """
+
+    shape: tuple[int, ...]
+    block_size: list[int]
+
+    def __init__(self, weight: Int4TensorBase):
+        super().__init__()
+        for name in (*weight.tensor_data_names, *weight.optional_tensor_data_names):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        _, attributes = weight.__tensor_flatten__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        """The logical shape and the group size."""
+        return f"{errors.dims(self.shape)}, group_size={max(self.block_size)}"
+
+
+@functools.cache
+def _parts_class(layout: type[Int4TensorBase]) -> type[Parts]:
+    shared = ("parts", "grouped_dim", "group_size", "_weight_parts", "_linear")
+    return type(f"{layout.__name__}Parts", (Parts,), {n: getattr(layout, n) for n in shared})
+
+
+def in_use(module: nn.Module, name: str) -> Any:
+    """What a product takes for the parameter ``name``: its :class:`Parts` in compiled code."""
+    if torch.compiler.is_compiling() and _is_held(module, name):
+        return getattr(module, f"{name}_parts")
+    return getattr(module, name)
+
+
+def _is_held(module: nn.Module, name: str) -> bool:
+    """False also for a weight that was put into ``_parameters`` itself (``functional_call``)."""
+    return isinstance(module, Prepared) and module._parameters[name] is None
+
+
+# --- a prepared module ----------------------------------------------------------------------------
+
+
+class Prepared(nn.Module):
+    """Mixed into the class of a prepared module, which stays an instance of what it was."""
+
+    _given: Any
+    """The class before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get(_HELD, ()):
+            with as_given(self):
+                setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__[_HELD]:
+            with as_given(self):
+                delattr(self, name)
+        else:
+            super().__delattr__(name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return _as_given(self, "_apply", *args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _as_given(self, "_save_to_state_dict", *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _as_given(self, "_load_from_state_dict", *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles hold the parameter once, and are prepared as they are built."""
+        with as_given(self):
+            state = {**self.__dict__, "_parameters": dict(self._parameters)}
+            state["_modules"] = dict(self._modules)
+        return _empty, (self._given, tuple(self.__dict__[_HELD])), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _become(self, self._given)
+        self.__setstate__(state)
+        _hold(self)
+
+
+def _as_given(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    with as_given(module):
+        return getattr(module, method)(*args, **kwargs)
+
+
+def _hold(module: nn.Module) -> dict[str, str]:
+    """Prepare one module; returns why 4-bit weights of it stay as they are, by name."""
+    registered = {**module._buffers, **module._parameters}
+    weights = {name: w for name, w in registered.items() if isinstance(w, Int4TensorBase)}
+    reasons = {name: _reason_left(module, name, w) for name, w in weights.items()}
+    held = {name: weights[name] for name, reason in reasons.items() if reason is None}
+    for name, w in held.items():
+        w._is_held = True
+        parts = _parts_class(type(w))(w)
+        module.add_module(f"{name}_parts", parts.train(module.training))
+    if held:
+        module.__dict__[_HELD] = held
+        given: Any = type(module)
+        _become(module, _prepared_class(given, tuple(held)))
+    for name in held:
+        module._parameters[name] = None  # its place in the order of parameters
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _release(module: Prepared) -> None:
+    held = module.__dict__[_HELD]
+    for name, w in held.items():
+        w.__dict__.pop("_is_held", None)  # (of a tied weight once only)
+        if module._parameters[name] is None:
+            module._parameters[name] = w
+    _become(module, module._given)
+    for name in held:
+        del module._modules[f"{name}_parts"]
+    del module.__dict__[_HELD]
+
+
+def _become(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+
+
+def _reason_left(module: nn.Module, name: str, w: Int4TensorBase) -> str | None:
+    if name not in module._parameters:
+        return "a buffer"
+    if isinstance(module, nn.Embedding):
+        return "an embedding reads single rows, which no op does"
+    if "forward" in module.__dict__:
+        return "the forward of its module was replaced (accelerate's hooks do that)"
+    if name in expert_parameters(module):
+        experts = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if experts != EXPERTS:
+            return f"experts need set_experts_implementation({EXPERTS!r}) first, not {experts!r}"
+    elif name != "weight" or _forward(type(module)) is None:
+        return f"{type(module).__name__} has a forward of its own"
+    if w.grouped_dim != w.ndim + contracted_dim(module, w):
+        return "its groups do not run along the dim that is summed over"
+    return None
+
+
+# --- its class ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _prepared_class(cls: Any, names: tuple[str, ...]) -> type[Prepared]:
+    namespace: dict[str, Any] = {"_given": cls, **{name: _parameter(name) for name in names}}
+    if forward := _forward(cls):
+        namespace["forward"] = forward
+    return type(f"Prepared{cls.__name__}", (Prepared, cls), namespace)
+
+
+def _empty(cls: Any, names: tuple[str, ...]) -> nn.Module:
+    prepared = _prepared_class(cls, names)
+    return prepared.__new__(prepared)
+
+
+def _parameter(name: str) -> property:
+    def read(self: Prepared) -> Any:
+        return self.__dict__[_HELD][name] if _is_held(self, name) else self._parameters[name]
+
+    return property(read)
+
+
+def _forward(cls: Any) -> Callable[..., Tensor] | None:
+    """The prepared forward of a class whose own is that of a linear layer, else ``None``."""
+    if cls.forward is nn.Linear.forward:
+        return _linear_forward
+    known: Any = conv1d(cls)
+    return _conv1d_forward if known is not None and cls.forward is known.forward else None
+
+
+def _weight(module: Any, x: Tensor) -> Any:
+    """What a linear layer's product takes for its weight.
+
+    ``None`` where the forward before is to run: with a weight that was put into ``_parameters``
+    itself, and for torch's functions to be overridden by ``x`` or a mode. (Compiled code is traced
+    under a mode of the tracer's own.)
+    """
+    if module._parameters["weight"] is not None:
+        return None
+    if torch.compiler.is_compiling():
+        return module.weight_parts
+    return None if has_torch_function_unary(x) else module.__dict__[_HELD]["weight"]
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    w = _weight(self, input)
+    if w is None:
+        return nn.Linear.forward(self, input)
+    return linear_along_groups(input, w, self.bias)
+
+
+def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
+    w = _weight(self, x)
+    if w is None:
+        known: Any = conv1d(type(self))
+        return known.forward(self, x)
+    return added(self.bias, linear_along_groups(x, w))
