@@ -5,6 +5,7 @@ quantize_(model, Int4WeightOnlyConfig(version=2))
 """
 
 from int4q._version import __version__
+from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.config import Int4WeightOnlyConfig
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
@@ -16,6 +17,8 @@ from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tenso
 from int4q.tuning import tune
 
 __all__ = [
+    "Calibration",
+    "CalibrationWarning",
     "CpuPackedInt4Tensor",
     "CudaCoalescedInt4Tensor",
     "Int4SkipWarning",
@@ -24,6 +27,7 @@ __all__ = [
     "KernelPreference",
     "Summary",
     "__version__",
+    "calibrate",
     "kernel_preference",
     "moe_config",
     "quantize_",

@@ -249,10 +249,10 @@ def _quantize_groups(
     if algorithm in ALGORITHMS:
         q, scale, zero_point = ALGORITHMS[algorithm](groups)
         _check_finite(scale)
-        return q, *_round(scale, zero_point, dtype)
+        return q, *rounded(scale, zero_point, dtype)
     scale, zero_point = SEARCHES[algorithm](groups, importance)
     _check_finite(scale)
-    scale, zero_point = _round(scale, zero_point, dtype)
+    scale, zero_point = rounded(scale, zero_point, dtype)
     q = nearest(groups, scale.float(), zero_point.float())
     return q.to(torch.int8), scale, zero_point
 
@@ -280,7 +280,7 @@ def with_floor(importance: Tensor) -> Tensor:
     return h.clamp(min=h.mean() * _LEAST_IMPORTANCE + 1e-20)
 
 
-def _round(scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded(scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zero points in the weight's dtype, adjusted where rounding would spoil a group.
 
     Two cases, which fbgemm leaves spoilt: float16 rounds the smallest scale and 8 times it
