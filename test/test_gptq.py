@@ -79,23 +79,21 @@ def test_outputs_are_closer_than_those_of_search_and_a_refit_closer_still(dtype,
 
 
 def test_near_the_best_of_all_values():
-    """Four correlated inputs that matter, the others 0: all 65,536 choices of their values."""
-    w, x, at = torch.randn(16, G), torch.zeros(4096, G), [3, 8, 17, 30]
-    x[:, at] = inputs(4)
-    H = hessian(x)
-    parts = gptq.quantize(w, G, H, TOKENS, refit=False)
-    _, s, z, _ = parts
-    levels = torch.cartesian_prod(*[torch.arange(-8, 8)] * 4)
-    errors = levels * s[:, :, None] + z[:, :, None] - w[:, None, at]
-    every = torch.einsum("nci,ij,ncj->nc", errors, H[at][:, at], errors).double()
+    """Four correlated inputs on a coarse grid: all 4,096 choices of eight values each."""
+    w, step = torch.rand(64, 4) * 2 - 1, 0.5
+    x = torch.randn(4096, 1) + 0.5 * torch.randn(4096, 4)
+    H, order, U, _ = gptq._factorise(hessian(x), 0.0)
+    s, z = torch.full((1, 64), step), torch.zeros(1, 64)
+    q = gptq._sweep(w[:, order], U, s, z, torch.zeros(4, dtype=torch.int64))[:, order.argsort()]
+    choices = torch.cartesian_prod(*[torch.arange(-4, 4)] * 4) * step
+    errors = choices[None] - w[:, None]
+    best = torch.einsum("nci,ij,ncj->nc", errors, H, errors).amin(1).mean()
 
-    def mean_error(parts):
-        d = values(parts)[:, at] - w[:, at].double()
-        return torch.einsum("ni,ij,nj->n", d, H[at][:, at].double(), d).mean()
+    def mean_error(q):
+        return torch.einsum("ni,ij,nj->n", q * step - w, H, q * step - w).mean()
 
-    best, got = every.amin(1).mean(), mean_error(parts)
-    nearest = mean_error(qparams.quantize(w, G, "search", H.diagonal()))
-    assert best * 0.999 <= got < best + 0.5 * (nearest - best)
+    nearest, got = mean_error((w / step).round()), mean_error(q)
+    assert best * 0.999 <= got < best + 0.25 * (nearest - best)
 
 
 def test_a_row_refit_is_the_least_squares_solution():
