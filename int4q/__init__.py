@@ -7,6 +7,7 @@ quantize_(model, Int4WeightOnlyConfig(version=2))
 from int4q._version import __version__
 from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.config import Int4WeightOnlyConfig
+from int4q.evaluation import Evaluation, evaluate
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationWarning",
     "CpuPackedInt4Tensor",
     "CudaCoalescedInt4Tensor",
+    "Evaluation",
     "Int4SkipWarning",
     "Int4Tensor",
     "Int4WeightOnlyConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "Summary",
     "__version__",
     "calibrate",
+    "evaluate",
     "kernel_preference",
     "moe_config",
     "quantize_",
