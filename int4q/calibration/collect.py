@@ -43,9 +43,9 @@ def calibrate(
             the vocabulary without the special tokens that the model's config names, always the
             same; nearly as good as text for ``"importance"``, not for ``"hessian"``.
         statistics: ``"importance"``: ``E[x_k ** 2]``, K numbers an input, for ``"search"``;
-            ``"hessian"``: ``E[x_i * x_k]`` too, K * K numbers, for ``"gptq"``. All Hessians are
-            held at once: 4 K^2 bytes for every input (for every expert of a mixture), 33 GB for
-            an 8B model.
+            ``"hessian"``: ``E[x_i * x_k]`` too, K * K numbers, for ``"gptq"``. All of them are
+            held at once: 4 K^2 bytes a weight (for each expert of a mixture) while the model runs,
+            39 GB for one of 8 billion weights, then one for those that share an input, 33 GB.
         tokens: stop after the batch that reaches so many (rows of ids, or of embeddings).
 
     Returns:
