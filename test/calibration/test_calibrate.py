@@ -10,6 +10,8 @@ from torch import nn
 import int4q
 from int4q import Calibration, CalibrationWarning, calibrate
 from int4q.calibration import MIN_TOKENS
+from int4q.calibration.collect import random_ids
+from int4q.coverage import contracted_dim, expert_parameters, linear_parameters
 
 K, N, E = 32, 16, 4
 
@@ -184,10 +186,35 @@ def test_a_transformers_mixture():
         assert torch.equal(down.tokens, moments.tokens) and down.hessian.shape == (3, 64, 64)
 
 
+TINY = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+EXPERTS = dict(num_key_value_heads=2, head_dim=16, intermediate_size=96, num_local_experts=4)
+FAMILIES = {
+    "GPT2LMHeadModel": dict(n_embd=64, n_layer=1, n_head=4, vocab_size=99, bos_token_id=1,
+                            eos_token_id=1),
+    "GptOssForCausalLM": dict(**TINY, **EXPERTS, num_experts_per_tok=2),
+    "Llama4ForCausalLM": dict(**TINY, **EXPERTS, intermediate_size_mlp=64, pad_token_id=0),
+    "T5ForConditionalGeneration": dict(vocab_size=99, d_model=64, d_kv=16, d_ff=128, num_layers=1,
+                                       num_heads=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_weight_of_a_family_is_reached(name):
+    """Conv1D, experts [E, in, out], experts given zeros for what is not theirs, a decoder."""
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**FAMILIES[name])).eval()
+    calibration = calibrate(model)
+    for prefix, module in model.named_modules():
+        for own in (*linear_parameters(module), *expert_parameters(module)):
+            w, moments = getattr(module, own), calibration[f"{prefix}.{own}"]
+            assert moments.mean_square.shape[-1] == w.shape[contracted_dim(module, w)]
+            per_token = 2 if "Oss" in name and w.ndim == 3 else 1
+            assert moments.tokens.sum() == 4 * 512 * per_token
+
+
 def test_random_ids():
     transformers = pytest.importorskip("transformers")
-    from int4q.calibration.collect import random_ids
-
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         vocab_size=40, max_position_embeddings=100, bos_token_id=3, eos_token_id=[5, 7],
