@@ -5,7 +5,9 @@ quantize_(model, Int4WeightOnlyConfig(version=2))
 """
 
 from int4q._version import __version__
+from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.config import Int4WeightOnlyConfig
+from int4q.evaluation import Evaluation, evaluate
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -17,14 +19,19 @@ from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tenso
 from int4q.tuning import tune
 
 __all__ = [
+    "Calibration",
+    "CalibrationWarning",
     "CpuPackedInt4Tensor",
     "CudaCoalescedInt4Tensor",
+    "Evaluation",
     "Int4SkipWarning",
     "Int4Tensor",
     "Int4WeightOnlyConfig",
     "KernelPreference",
     "Summary",
     "__version__",
+    "calibrate",
+    "evaluate",
     "kernel_preference",
     "moe_config",
     "prepare_for_inference_",

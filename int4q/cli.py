@@ -1,4 +1,4 @@
-"""The command ``int4q``: ``bench`` measures this machine, ``tune`` finds its fastest tiles."""
+"""The command ``int4q``: measure this machine or a quantised model, tune the kernels of a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from int4q import tuning
 from int4q._version import __version__
 from int4q.bench import __main__ as bench
 from int4q.bench.shapes import GROUPS, SETS
+from int4q.evaluation import command as evaluation
 
+_EVAL = "quantise a language model and measure how far it is from the original"
 _TUNE = "search the fastest tiles of the Triton kernels on this GPU and keep them in a table"
 
 
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+    command = commands.add_parser("eval", help=_EVAL, description=_EVAL)
+    evaluation.add_arguments(command)
+    command.set_defaults(run=evaluation.run)
     command = commands.add_parser("tune", help=_TUNE, description=_TUNE)
     command.add_argument("--shapes", choices=sorted(SETS), default="core", help="which layers")
     command.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="group sizes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.quantization.utils import recommended_inductor_config_setter
 
 from int4q import errors, geometry
+from int4q.calibration import Calibration, apply
 from int4q.coverage import chosen_parameters, contracted_dim, is_sliced, reason_to_skip
 from int4q.kernels import cpu
 from int4q.run import current_run, forget, full_name, say, skip
@@ -25,6 +27,8 @@ FORMATS: dict[str, type[Int4TensorBase] | None] = {
     "auto": None,
 }
 """``int4_packing_format`` -> class; ``"auto"`` is settled by the weight's device."""
+_TORCHAOS: dict[str, str] = {a.value: a for a in Int4ChooseQParamsAlgorithm}
+_SMALLER = (128, 64, 32)
 
 
 @dataclass
@@ -40,7 +44,12 @@ class Int4WeightOnlyConfig(AOBaseConfig):
         int4_packing_format: ``"plain"``, ``"cuda_coalesced"``, ``"cpu_packed"``, or ``"auto"``:
             the fastest of them for the device that the weight is on (``"cuda_coalesced"`` with
             ``activation_dtype=torch.int8``, which no other format has).
-        int4_choose_qparams_algorithm: ``"tinygemm"`` (min-max) or ``"hqq"``.
+        int4_choose_qparams_algorithm: ``"tinygemm"`` (min-max, the default), ``"hqq"``,
+            ``"search"`` (a least-squares search, by importance where :func:`int4q.quantize_` has a
+            calibration), ``"gptq"`` (needs a calibration with Hessians), or ``"auto"``: the search
+            with the calibration that :func:`int4q.quantize_` has or, for a model of transformers
+            that takes token ids, makes from random ids; without one the search in groups of 32
+            and a refit of min-max in larger ones. It implies ``group_size_fallback``.
         version: 2; there is no other.
         activation_dtype: ``torch.bfloat16`` (W4A16) or, for ``"cuda_coalesced"`` and ``"auto"``,
             ``torch.int8`` (W4A8 for up to 8 rows), or, for ``"plain"``, ``torch.float8_e4m3fn``
@@ -50,36 +59,31 @@ class Int4WeightOnlyConfig(AOBaseConfig):
         contracted_dim: the weight's dim that its matmul sums over, along which groups run: -1
             (``[.., N, K]``), -2 (``[.., K, N]``, as GPT-OSS holds its experts: the result keeps
             that shape), or ``None``: what the module declares, see :func:`contracted_dim`.
+        group_size_fallback: where ``group_size`` does not divide K, take the largest of 128, 64 and
+            32 that does and is smaller, and say so, instead of leaving the weight alone.
 
     Raises:
         ValueError: at construction, for a value none of these.
 
     A config written to JSON (:func:`torchao.core.config.config_to_dict`) holds torchao's fields
-    only, with the format ``plain``, so that a process without int4q reads it: checkpoints are
-    always written in plain.
+    only, with the format ``plain`` and torchao's default in place of an algorithm of int4q's own,
+    so that a process without int4q reads it: checkpoints are always written in plain, and the
+    algorithm does not show in them.
     """
 
     group_size: int = 128
     set_inductor_config: bool = True
     int4_packing_format: str = "plain"
-    int4_choose_qparams_algorithm: Int4ChooseQParamsAlgorithm = Int4ChooseQParamsAlgorithm.TINYGEMM
+    int4_choose_qparams_algorithm: str = Int4ChooseQParamsAlgorithm.TINYGEMM
     version: int = 2
     activation_dtype: torch.dtype | None = None
     contracted_dim: int | None = None
+    group_size_fallback: bool = False
 
     def __post_init__(self) -> None:
         geometry.check_group_size(self.group_size)
         if self.version != 2:
             raise errors.value("version must be 2", self.version)
-        known = [a.value for a in Int4ChooseQParamsAlgorithm]
-        if self.int4_choose_qparams_algorithm not in known:
-            raise errors.value(
-                f"int4_choose_qparams_algorithm must be one of {known}",
-                repr(self.int4_choose_qparams_algorithm),
-            )
-        self.int4_choose_qparams_algorithm = Int4ChooseQParamsAlgorithm(
-            self.int4_choose_qparams_algorithm
-        )
         layout = FORMATS[self.int4_packing_format]
         allowed = (layout or CudaCoalescedInt4Tensor).activation_dtypes
         if self.activation_dtype not in (None, *allowed):
@@ -88,11 +92,10 @@ class Int4WeightOnlyConfig(AOBaseConfig):
                 f"{errors.dtypes(allowed)}",
                 self.activation_dtype,
             )
-        minmax = Int4ChooseQParamsAlgorithm.TINYGEMM
-        if self._fp8 and self.int4_choose_qparams_algorithm is not minmax:
+        if self._fp8 and self._algorithm != "tinygemm":
             raise errors.value(
                 "float8 activations take symmetric weights, which the default algorithm makes",
-                repr(self.int4_choose_qparams_algorithm.value),
+                repr(self._algorithm),
             )
         if self.contracted_dim not in (None, -1, -2):
             raise errors.value("contracted_dim must be -1, -2 or None", self.contracted_dim)
@@ -113,6 +116,19 @@ class Int4WeightOnlyConfig(AOBaseConfig):
         # stock reader sees is this entry, which the property below hides from everybody else.
         self.__dict__["int4_packing_format"] = Int4PackingFormat.PLAIN
 
+    def _get_algorithm(self) -> str:
+        return _TORCHAOS.get(self._algorithm, self._algorithm)
+
+    def _set_algorithm(self, value: str) -> None:
+        value = value.value if isinstance(value, Int4ChooseQParamsAlgorithm) else value
+        known = [*_TORCHAOS, *apply.ALGORITHMS]
+        if value not in known:
+            rule = f"int4_choose_qparams_algorithm must be one of {known}"
+            raise errors.value(rule, repr(value))
+        self._algorithm = value
+        minmax = Int4ChooseQParamsAlgorithm.TINYGEMM  # (what a stock reader sees, as above)
+        self.__dict__["int4_choose_qparams_algorithm"] = _TORCHAOS.get(value, minmax)
+
 
 def _hidden(name: str) -> property:
     """A field that torchao's JSON encoder does not see: it is kept under ``_name``."""
@@ -130,8 +146,14 @@ for _name, _property in {
         Int4WeightOnlyConfig._set_format,
         doc="As the class describes it.",
     ),
+    "int4_choose_qparams_algorithm": property(
+        Int4WeightOnlyConfig._get_algorithm,
+        Int4WeightOnlyConfig._set_algorithm,
+        doc="As the class describes it.",
+    ),
     "activation_dtype": _hidden("activation_dtype"),
     "contracted_dim": _hidden("contracted_dim"),
+    "group_size_fallback": _hidden("group_size_fallback"),
 }.items():
     setattr(Int4WeightOnlyConfig, _name, _property)
 
@@ -179,26 +201,64 @@ def quantize_tensor(
     name: str,
     dim: int = -1,
     sliced: bool = False,
+    calibration: Calibration | None = None,
 ) -> Int4TensorBase:
     """``w`` in the layout that ``config`` asks for, of the same shape.
 
     Args:
-        name: for messages.
+        name: in the model that ``calibration`` is of, and for messages.
         dim: along which groups run; -2 gives a tensor stored as ``[.., N, K]`` and transposed.
         sliced: whether rows of it are used on their own, which not every layout can do.
+        calibration: what is known of the inputs, for the algorithms that use it.
     """
     layout = FORMATS[config.int4_packing_format]
     layout = layout or fastest_layout(w, config.activation_dtype, dim, sliced)
     if layout is CpuPackedInt4Tensor and (reason := _packed_reason(w, dim, sliced)):
         say(name, f"held in the plain layout, not cpu_packed: {reason}")
         layout = Int4Tensor
-    block_size = [1] * (w.ndim - 1) + [config.group_size]
-    algorithm = None if config._fp8 else config.int4_choose_qparams_algorithm.value
+    group_size = fitting_group_size(config, w.shape[dim])
+    if group_size != config.group_size:
+        say(name, f"in smaller groups, as group_size {config.group_size} does not divide K")
+    block_size = [1] * (w.ndim - 1) + [group_size]
+    algorithm = config._algorithm
+    stored, dtype = w.transpose(dim, -1), config.activation_dtype
     try:
-        new = layout.from_hp(w.transpose(dim, -1), block_size, config.activation_dtype, algorithm)
+        if algorithm in apply.ALGORITHMS:
+            *parts, note = apply.quantize(stored, group_size, algorithm, calibration, name)
+            new = _assemble(layout, parts, block_size, stored.shape, dtype)
+            if note:
+                say(name, note)
+        else:
+            new = layout.from_hp(stored, block_size, dtype, None if config._fp8 else algorithm)
         return new if dim == -1 else new.transpose(dim, -1)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _assemble(
+    layout: type[Int4TensorBase],
+    parts: Sequence[torch.Tensor],
+    block_size: list[int],
+    shape: torch.Size,
+    activation_dtype: torch.dtype | None,
+) -> Int4TensorBase:
+    """A weight from ``qdata``, and ``scale`` and ``zero_point`` ``[.., N, n_groups]``."""
+    qdata, scale, zero_point = parts
+    turned = scale.mT.contiguous(), zero_point.mT.contiguous()
+    plain = Int4Tensor(qdata, *turned, block_size, shape)
+    if layout is CudaCoalescedInt4Tensor:
+        return CudaCoalescedInt4Tensor.from_int4_tensor(plain, activation_dtype)
+    return layout.from_int4_tensor(plain)
+
+
+def fitting_group_size(config: Int4WeightOnlyConfig, K: int) -> int:
+    """``group_size``, or with a fallback the largest smaller one that divides ``K``, if any."""
+    if K % config.group_size == 0 or not (
+        config.group_size_fallback or config._algorithm == "auto"
+    ):
+        return config.group_size
+    smaller = (g for g in _SMALLER if g < config.group_size and K % g == 0)
+    return next(smaller, config.group_size)
 
 
 # --- one module: what torchao's quantize_ calls ---------------------------------------------------
@@ -238,11 +298,14 @@ def _quantize_parameter(module: nn.Module, config: Int4WeightOnlyConfig, name: s
     if new is None:
         dim = config.contracted_dim or contracted_dim(module, w)
         reason = run.protected.get(id(w)) if run else None
-        if reason := reason or reason_to_skip(module, name, config.group_size, dim):
+        K = w.shape[dim] if w.ndim > 1 else 0
+        group_size = fitting_group_size(config, K)
+        if reason := reason or reason_to_skip(module, name, group_size, dim):
             skip(module, name, reason)
             return
-        sliced = is_sliced(module, name)
-        new = quantize_tensor(w.detach(), config, full_name(module, name), dim, sliced)
+        sliced, calibration = is_sliced(module, name), run.calibration if run else None
+        full = full_name(module, name)
+        new = quantize_tensor(w.detach(), config, full, dim, sliced, calibration)
         new = nn.Parameter(new, requires_grad=False)
         if run:
             run.made[w] = new

@@ -13,6 +13,10 @@ from torchao.quantization import FqnToConfig
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 from torchao.utils import TorchAOBaseTensor
 
+from int4q import errors
+from int4q.calibration import Calibration, calibrate
+from int4q.calibration.apply import ALGORITHMS
+from int4q.calibration.collect import takes_random_ids
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import (
     Place,
@@ -33,6 +37,8 @@ def quantize_(
     config: AOBaseConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.types.Device = None,
+    *,
+    calibration: Calibration | None = None,
 ) -> None:
     """torchao's ``quantize_``, in place, with a default filter that keeps what should be kept.
 
@@ -47,6 +53,9 @@ def quantize_(
             it accepts has its stacks of experts quantised. Not to be given together with
             ``FqnToConfig``.
         device: move each module here before quantising it.
+        calibration: what :func:`int4q.calibrate` gathered of this model, for the algorithms
+            ``"search"``, ``"gptq"`` and ``"auto"``. A weight that it has nothing on is quantised
+            without, which a warning says.
 
     Tied weights stay tied: one 4-bit parameter that all of them share. Whatever chose them, weights
     being trained among frozen ones and those of adapters (LoRA and what else peft has) stay as they
@@ -58,9 +67,16 @@ def quantize_(
     :func:`int4q.moe_config` has, linear layers and experts that it does not name as well.
 
     Raises:
-        ValueError: a weight holds NaN or Inf (the message names it).
+        TypeError: ``calibration`` is none.
+        ValueError: a weight holds NaN or Inf (the message names it), ``"gptq"`` without Hessians,
+            or a calibration that no config uses or that is of another model.
     """
-    with run_on(model) as run:
+    configs = _configs(config)
+    if calibration is not None:
+        _check_calibration(calibration, model, configs)
+    elif any(_is_auto(c) for c in configs) and takes_random_ids(model):
+        calibration = calibrate(model)
+    with run_on(model, calibration) as run:
         if filter_fn is None and not isinstance(config, FqnToConfig):
             _quantize_linear_layers(model, config, device, run)
         else:
@@ -70,6 +86,36 @@ def quantize_(
             if isinstance(config, FqnToConfig):
                 _report_unnamed(model, config)
         run.warn()
+
+
+def _configs(config: AOBaseConfig) -> list[AOBaseConfig | None]:
+    return list(config.fqn_to_config.values()) if isinstance(config, FqnToConfig) else [config]
+
+
+def _is_auto(config: AOBaseConfig | None) -> bool:
+    return (
+        isinstance(config, Int4WeightOnlyConfig) and config.int4_choose_qparams_algorithm == "auto"
+    )
+
+
+def _check_calibration(
+    calibration: Calibration, model: nn.Module, configs: list[AOBaseConfig | None]
+) -> None:
+    if not isinstance(calibration, Calibration):
+        raise errors.type_(
+            "calibration must be what int4q.calibrate returns", type(calibration).__name__
+        )
+    used = [c.int4_choose_qparams_algorithm for c in configs if isinstance(c, Int4WeightOnlyConfig)]
+    if not set(used) & set(ALGORITHMS):
+        rule = f"a calibration is for int4_choose_qparams_algorithm {list(ALGORITHMS)}"
+        raise errors.value(rule, [str(getattr(a, "value", a)) for a in used] or "another config")
+    if not calibration.keys() & {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }:
+        raise errors.value(
+            "the calibration must be of this model",
+            f"names such as {next(iter(calibration), None)!r}",
+        )
 
 
 # --- the default filter ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from int4q.calibration import Calibration
 from int4q.coverage import protected
 
 SKIPPED = "_int4q_skipped"
@@ -33,9 +34,11 @@ class Run:
         protected: ``id(parameter)`` -> why it stays as it is, see :func:`coverage.protected`.
         made: parameter -> its 4-bit form, so that tied ones stay tied; an entry lasts as long as
             its parameter is held anywhere.
+        calibration: what the inputs of the weights look like, if that is known.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, calibration: Calibration | None = None):
+        self.calibration = calibration
         self.names = {module: name for name, module in model.named_modules()}
         self.protected = protected(model, self.names)
         self.made = WeakTensorKeyDictionary()
@@ -60,9 +63,9 @@ def current_run() -> Run | None:
 
 
 @contextmanager
-def run_on(model: nn.Module) -> Iterator[Run]:
+def run_on(model: nn.Module, calibration: Calibration | None = None) -> Iterator[Run]:
     """A :class:`Run` for what is quantised within the ``with`` block."""
-    token = _RUN.set(run := Run(model))
+    token = _RUN.set(run := Run(model, calibration))
     try:
         yield run
     finally:

@@ -8,6 +8,7 @@ from int4q.packing import unpack_nibbles
 
 GROUP = 32
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERY = [*qparams.ALGORITHMS, *qparams.SEARCHES]
 
 
 def fbgemm(groups):
@@ -83,7 +84,7 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["tinygemm", "hqq", "symmetric", "symmetric_full_range"])
+@pytest.mark.parametrize("algorithm", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_the_largest_weights_stay_finite(name, dtype, algorithm):
@@ -102,7 +103,7 @@ def test_the_largest_weights_stay_finite(name, dtype, algorithm):
     assert (error <= 1.5 * step + unit).all()
 
 
-@pytest.mark.parametrize("algorithm", sorted(qparams.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_stay_zeros(dtype, algorithm):
     w = torch.zeros(3, 2 * GROUP, dtype=dtype)

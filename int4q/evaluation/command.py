@@ -1,0 +1,112 @@
+"""``int4q eval``: quantise a language model and compare it with itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from int4q.calibration import Calibration, calibrate
+from int4q.config import Int4WeightOnlyConfig
+from int4q.evaluation.measure import Evaluation, evaluate
+from int4q.geometry import GROUP_SIZES
+from int4q.quantize import quantize_
+
+ALGORITHMS = ("auto", "search", "gptq", "hqq", "tinygemm")
+_ROW = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``int4q eval`` takes."""
+    parser.add_argument("model", help="folder or name of a causal language model (transformers)")
+    parser.add_argument("text", nargs="*", type=Path, help="files (default: Python's manual)")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
+    parser.add_argument(
+        "--calibrate", type=Path, nargs="+", metavar="TEXT", help="files (default: random ids)"
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=8192, help="of text to measure at most")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--stride", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure as asked."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    models = [
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(arguments.device)
+        for _ in range(2)
+    ]
+    reference, model = (m.eval() for m in models)
+    config = Int4WeightOnlyConfig(
+        group_size=arguments.group_size,
+        int4_choose_qparams_algorithm=arguments.algorithm,
+        group_size_fallback=True,
+    )
+    quantize_(model, config, calibration=_calibration(reference, tokenizer, arguments))
+    ids = _read(arguments.text, tokenizer)[: arguments.tokens]
+    measured = evaluate(
+        model,
+        ids,
+        reference=reference,
+        window=arguments.window,
+        stride=arguments.stride,
+        progress=True,
+    )
+    show(measured)
+    if arguments.json:
+        arguments.json.write_text(measured.to_json() + "\n")
+
+
+def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Calibration | None:
+    """As the algorithm needs it: on the text given, on random ids, or none."""
+    if arguments.algorithm in ("hqq", "tinygemm"):
+        return None
+    statistics = "hessian" if arguments.algorithm == "gptq" else "importance"
+    if not arguments.calibrate:
+        return calibrate(model, statistics=statistics)
+    ids = _read(arguments.calibrate, tokenizer)[: arguments.calibration_tokens]
+    rows = ids[: len(ids) // _ROW * _ROW].view(-1, _ROW) if len(ids) >= _ROW else ids[None]
+    return calibrate(model, rows, statistics=statistics)
+
+
+def _read(paths: list[Path], tokenizer: Any) -> torch.Tensor:
+    """Token ids ``[T]`` of the files, one after the other; of Python's manual without any."""
+    if paths:
+        text = "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+    else:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[name] for name in sorted(topics, key=len, reverse=True)[:8])
+    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+
+
+def show(measured: Evaluation, console: Console | None = None) -> None:
+    """Print it."""
+    console = console or Console()
+    table = Table(box=None)
+    for column in (f"{measured.tokens} tokens", "perplexity", "KL (nats)", "same top token"):
+        table.add_column(column, justify="right")
+    if measured.reference_perplexity is not None:
+        table.add_row("original", f"{measured.reference_perplexity:.3f}", "", "")
+        difference = f"{measured.kl:.4f} ± {measured.kl_error:.4f}", f"{measured.top1:.1%}"
+    else:
+        difference = "", ""
+    table.add_row("4 bits", f"{measured.perplexity:.3f}", *difference)
+    console.print(table)
+    if not measured.layers:
+        return
+    table = Table("farthest from the original", "weight (dB)", "output (dB)", box=None)
+    for layer in measured.worst():
+        output = "" if layer.output_sqnr is None else f"{layer.output_sqnr:.1f}"
+        table.add_row(layer.name, f"{layer.weight_sqnr:.1f}", output)
+    console.print(table)
