@@ -1,0 +1,3 @@
+"""``int4q convert``."""
+def run() -> None:
+    """convert."""

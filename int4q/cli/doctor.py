@@ -1,0 +1,3 @@
+"""``int4q doctor``."""
+def run() -> None:
+    """doctor."""

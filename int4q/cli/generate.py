@@ -1,0 +1,3 @@
+"""``int4q generate``."""
+def run() -> None:
+    """generate."""

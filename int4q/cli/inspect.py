@@ -1,0 +1,3 @@
+"""``int4q inspect``."""
+def run() -> None:
+    """inspect."""
