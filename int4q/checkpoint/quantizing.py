@@ -127,7 +127,7 @@ def plan_quantize(source: Source, options: Options) -> tuple[Plan, Coverage]:
             "int4q convert reads those",
         )
     model = skeleton(source)
-    how = recipes(model, source)
+    how = recipes(model, {name: stored.shape for name, stored in source.tensors.items()})
     config = _preset(model, options)
     chosen, left = _choose(model, config, options, how)
     plan = Plan(identity=[__version__, torch.__version__, repr(options), source.stamps()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,14 @@ def skeleton(source: Source) -> nn.Module:
         return cls._from_config(config, dtype=config.dtype or torch.float32).eval()
 
 
-def recipes(model: nn.Module, source: Source) -> dict[str, Recipe]:
-    """Parameter -> how it comes of the source's tensors; transformers' own names and conversions.
+def recipes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+    """Parameter -> how it comes of a checkpoint's tensors; transformers' own names and conversions.
+
+    Args:
+        shapes: of the checkpoint's tensors, by name.
 
     Raises:
-        ValueError: a parameter that nothing in the source makes, or of another shape.
+        ValueError: a parameter that nothing in the checkpoint makes, or of another shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -77,7 +81,7 @@ def recipes(model: nn.Module, source: Source) -> dict[str, Recipe]:
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     state = model.state_dict()
     taken: dict[str, dict[str | None, list[str]]] = {}
-    for name in sorted(source.tensors, key=dot_natural_key):
+    for name in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
@@ -87,7 +91,7 @@ def recipes(model: nn.Module, source: Source) -> dict[str, Recipe]:
     for target, by in taken.items():
         converter = next((by_pattern[p] for p in by if p is not None), None)
         found[target] = _recipe(by, converter)
-    _check(model, source, found)
+    _check(model, shapes, found)
     return found
 
 
@@ -105,7 +109,9 @@ def _recipe(by: dict[str | None, list[str]], converter: Any) -> Recipe:
     return Recipe([names], reason=f"transformers makes it of others by {made}")
 
 
-def _check(model: nn.Module, source: Source, found: dict[str, Recipe]) -> None:
+def _check(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], found: dict[str, Recipe]
+) -> None:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made = {id(parameters[name]) for name in found if name in parameters}
@@ -115,20 +121,18 @@ def _check(model: nn.Module, source: Source, found: dict[str, Recipe]) -> None:
             if id(p) not in made and not any(pattern.search(name) for pattern in ignored):
                 raise errors.value(f"the checkpoint must hold {name}", "no such tensor")
         elif recipe.reason is None:
-            shape = _shape(source, recipe)
+            shape = _shape(shapes, recipe)
             if shape != tuple(p.shape):
                 rule = f"{recipe.names[0]} must make {name} of shape {errors.dims(p.shape)}"
                 raise errors.value(rule, errors.dims(shape))
 
 
-def _shape(source: Source, recipe: Recipe) -> tuple[int, ...]:
+def _shape(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[int, ...]:
     """What a recipe makes; ``()`` if its tensors do not fit together."""
-    shapes = {
-        tuple(source.tensors[name].shape for name in names) for names in recipe.matrices
-    }
-    if len(shapes) != 1:
+    kinds = {tuple(shapes[name] for name in names) for names in recipe.matrices}
+    if len(kinds) != 1:
         return ()
-    (parts,) = shapes
+    (parts,) = kinds
     if len(parts) == 1 and not recipe.stacked:
         return parts[0]
     if any(len(part) != 2 or part[1] != parts[0][1] for part in parts):

@@ -85,13 +85,23 @@ class Source:
         if index is not None:
             self._check(index["weight_map"])
 
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies and what it is.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self.tensors:
+            raise errors.value(f"{self.folder} must hold {name}", "no such tensor")
+        return self.tensors[name]
+
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own.
 
         Raises:
             ValueError: the file has been damaged since it was opened first.
         """
-        file = self.tensors[name].file
+        file = self.stored(name).file
         try:
             with safe_open(file, framework="pt") as f:
                 return f.get_tensor(name).clone()
