@@ -39,9 +39,7 @@ def kinds(coverage: Coverage) -> Iterator[Kind]:
         yield Kind(names, len(held), shown, group_size, sum(t.nbytes for t in held))
 
 
-def model_card(
-    src: Path, dst: Path, options: Options, coverage: Coverage, max_shard_size: str
-) -> bytes:
+def model_card(src: Path, dst: Path, options: Options, coverage: Coverage) -> bytes:
     """``README.md``: the command, what was quantised, sizes. The same for the same command."""
     words = ["int4q", "quantize", src.name or str(src), dst.name]
     for field in fields(options):

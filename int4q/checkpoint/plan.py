@@ -82,15 +82,6 @@ class Plan:
         """Of all tensors to be written."""
         return sum(map(_size, self.stored.values()))
 
-    def digest(self) -> str:
-        """The same for the same work on the same source, and for nothing else."""
-        specs = {
-            name: {key: [str(t.dtype), list(t.shape)] for key, t in parts.items()}
-            for name, parts in self.stored.items()
-        }
-        body = [self.identity, specs, self.described, [job.name for job in self.jobs]]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -125,6 +116,13 @@ def shards(plan: Plan, max_shard_size: str | int = MAX_SHARD_SIZE) -> list[Shard
         _shard(file, {k: t for name in names for k, t in plan.stored[name].items()}, metadata)
         for file, names in split.filename_to_tensors.items()
     ]
+
+
+def digest(plan: Plan, made: Iterable[Shard]) -> str:
+    """The same for the same work on the same source into the same files, and for nothing else."""
+    files = [[shard.file, hashlib.sha256(shard.header).hexdigest()] for shard in made]
+    body = [plan.identity, files, [job.name for job in plan.jobs]]
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def index(made: list[Shard], plan: Plan) -> bytes | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.checkpoint.plan import Job, Plan, Shard, index, shards
+from int4q.checkpoint.plan import Job, Plan, Shard, digest, index, shards
 from int4q.checkpoint.team import Team
 from int4q.checkpoint.workspace import Journal, Workspace, sync, write
 
@@ -58,13 +58,13 @@ def run(
     """
     team = team or Team()
     made = shards(plan) if max_shard_size is None else shards(plan, max_shard_size)
-    digest = plan.digest()
-    team.agree(digest)
+    work = digest(plan, made)
+    team.agree(work)
     space = Workspace(target)
     with ExitStack() as stack:
         if team.leads:
             stack.enter_context(space.locked())
-            space.begin(digest)
+            space.begin(work)
             _allocate(space, made)
         team.wait()
         done = space.done()

@@ -51,7 +51,7 @@ def run(
             raise ValueError(f"left as they are (--strict): {', '.join(unexpected)}")
         if dry_run:
             return
-        plan.files["README.md"] = card.model_card(src, dst, options, coverage, max_shard_size)
+        plan.files["README.md"] = card.model_card(src, dst, options, coverage)
         with bytes_progress("quantising") as progress:
             report = progress if me.leads else None
             stream(plan, dst, team=me, progress=report, max_shard_size=max_shard_size)
