@@ -9,6 +9,7 @@ from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.checkpoint import load_file, load_into_, save_file
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations.load import load
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -34,6 +35,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "kernel_preference",
+    "load",
     "load_file",
     "load_into_",
     "moe_config",

@@ -60,7 +60,7 @@ def weights(source: Source) -> Iterator[Foreign]:
         symmetric = bool((source.read(names[1]) == _EIGHTS).all())
         K, N = packed.shape[0], packed.shape[1] * 8
         dtype = scales.dtype if symmetric else torch.float32
-        like = foreign.like(N, K, K // max(1, scales.shape[0]), dtype)
+        like = foreign.like((N, K), K // max(1, scales.shape[0]), dtype)
         yield Foreign(f"{module}{dot}weight", tuple(names), like, _make)
 
 

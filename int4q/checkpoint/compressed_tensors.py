@@ -26,6 +26,13 @@ from int4q.packing import signed_to_offset
 from int4q.tensor import Int4Tensor
 
 FORMAT = "pack-quantized"
+_WANTED: dict[str, tuple[Any, ...]] = {
+    "num_bits": (4,),
+    "type": ("int",),
+    "strategy": ("group", "channel"),
+    "actorder": (None, "static", "weight"),
+    "dynamic": (False, None),
+}
 
 
 def to_int4(
@@ -103,9 +110,7 @@ def scheme(config: dict[str, Any]) -> dict[str, Any]:
         found = f"{config.get('format')} with {len(groups)} groups"
         raise errors.value(f"a checkpoint must be {FORMAT} with one group of layers", found)
     weights: dict[str, Any] = groups[0].get("weights") or {}
-    for key, wanted in (("num_bits", (4,)), ("type", ("int",)),
-                        ("strategy", ("group", "channel")), ("actorder", (None, "static", "weight")),
-                        ("dynamic", (False, None))):  # fmt: skip
+    for key, wanted in _WANTED.items():
         if weights.get(key) not in wanted:
             rule = f"{key} of compressed-tensors' weights must be one of {wanted}"
             raise errors.value(rule, weights.get(key))
@@ -133,7 +138,7 @@ def weights(source: Source) -> Iterator[Foreign]:
         if tuple(source.read(f"{module}{dot}weight_shape").tolist()) != (N, K):
             raise errors.value(f"{module} must fill its words", "a padded weight")
         group_size = _group_size(K, K // max(1, scale.shape[1]))
-        like = foreign.like(N, K, group_size, scale.dtype if symmetric else torch.float32)
+        like = foreign.like((N, K), group_size, scale.dtype if symmetric else torch.float32)
         yield Foreign(f"{module}{dot}weight", names, like, _maker(group_size, like.dtype))
 
 
@@ -159,5 +164,3 @@ def _spread(t: Tensor, N: int, n_groups: int) -> Tensor:
         rule = f"scales must have shape [{N}, columns] with columns a divisor of {n_groups}"
         raise errors.value(rule, errors.dims(t.shape))
     return t.repeat_interleave(n_groups // t.shape[1], dim=1)
-
-

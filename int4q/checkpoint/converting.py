@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _add(
         )
     like = _joined(likes[0])
     if recipe.stacked:
-        like = torch.stack([like] * len(likes))
+        like = torch.cat([like.unsqueeze(0)] * len(likes))
 
     def read(names: list[str]) -> list[list[Tensor]]:
         return [[source.read(part) for part in found[name].stored] for name in names]
@@ -141,13 +141,14 @@ def _add(
     for i, names in enumerate(recipe.matrices):
         nbytes = sum(source.tensors[part].nbytes for n in names for part in found[n].stored)
         index = i if recipe.stacked else None
-        jobs.append(Job(f"{target}[{i}]", nbytes, partial(read, names), partial(make, names), index))
+        jobs.append(
+            Job(f"{target}[{i}]", nbytes, partial(read, names), partial(make, names), index)
+        )
     plan.add(target, like, jobs)
 
 
-def _joined(weights: list[Int4Tensor]) -> Int4Tensor:
-    joined: Int4Tensor = weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[assignment]
-    return joined
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
 
 
 def _config(likes: Any) -> Int4WeightOnlyConfig:

@@ -51,14 +51,15 @@ def assemble(u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Int4Tensor:
     return Int4Tensor(qdata, *parts, [1, K // scale.shape[1]], (N, K))
 
 
-def like(N: int, K: int, group_size: int, dtype: torch.dtype) -> Int4Tensor:
-    """What :func:`assemble` gives, without data.
+def like(shape: tuple[int, ...], group_size: int, dtype: torch.dtype) -> Int4Tensor:
+    """What :func:`assemble` gives for ``shape`` (N, K), without data.
 
     Raises:
         ValueError: a group size that :class:`~int4q.Int4Tensor` does not have.
     """
     geometry.check_group_size(group_size)
-    if N < 0 or K % group_size:
+    N, K = shape
+    if K % group_size:
         raise errors.value(f"K must be a multiple of group_size {group_size}", K)
     u = torch.empty((N, K), dtype=torch.int8, device="meta")
     return assemble(u, torch.empty((N, K // group_size), dtype=dtype, device="meta"), None)

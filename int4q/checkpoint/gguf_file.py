@@ -94,7 +94,7 @@ class GGUFFile:
             if at + size > following:
                 raise errors.value("tensors must not overlap", f"two at {start + following}")
 
-    # --- pieces, each of which moves on ------------------------------------------------------------
+    # --- pieces, each of which moves on -----------------------------------------------------------
 
     def _take(self, n: int) -> np.ndarray[Any, Any]:
         if n > len(self._bytes) - self._at:
@@ -103,7 +103,7 @@ class GGUFFile:
         return self._bytes[self._at - n : self._at]
 
     def _number(self, form: str) -> Any:
-        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+        return struct.unpack(form, self._take(struct.calcsize(form)).tobytes())[0]
 
     def _count(self, least: int) -> int:
         """How many things of ``least`` bytes or more follow."""

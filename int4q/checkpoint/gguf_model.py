@@ -64,10 +64,10 @@ class GGUFModel:
         self._parsed = _parse(self.path)
         self.config = _config(self._parsed["config"], dtype)
         with torch.device("meta"):
-            self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            self.skeleton: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.config.architectures = [type(self.skeleton).__name__]
         self.architecture = file.fields["general.architecture"]
-        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
+        processor: Any = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
         if processor.__name__ not in _ROWS_ONLY:
             raise errors.value(
                 "an architecture must keep its matrices as they are, rows apart",
@@ -92,7 +92,7 @@ class GGUFModel:
                 raise errors.value(rule, errors.dims(tensor.shape))
             missing.pop(id(parameters[name]), None)
             if gguf.is_4bit(tensor):
-                like: Tensor = foreign.like(*tensor.shape, gguf.GROUP_SIZE, torch.float32)
+                like: Tensor = foreign.like(tensor.shape, gguf.GROUP_SIZE, torch.float32)
             else:
                 like = torch.empty(tensor.shape, dtype=self.dtype, device="meta")
             yield Item(name, tensor, like)

@@ -28,7 +28,12 @@ PARTS = ("qweight", "qzeros", "scales")
 
 
 def to_int4(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, v2: bool = False
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    v2: bool = False,
 ) -> Int4Tensor:
     """A weight ``[N, K]`` from its parts, as the module describes them; exact.
 
@@ -76,7 +81,7 @@ def weights(source: Source) -> Iterator[Foreign]:
         symmetric = bool((source.read(names[1]) == (-0x77777778 if v2 else 0x77777777)).all())
         K, N = packed.shape[0] * 8, packed.shape[1]
         dtype = scales.dtype if symmetric else torch.float32
-        like = foreign.like(N, K, K // max(1, scales.shape[0]), dtype)
+        like = foreign.like((N, K), K // max(1, scales.shape[0]), dtype)
         if (g_idx := f"{module}{dot}g_idx") in source.tensors:
             names.append(g_idx)
         yield Foreign(f"{module}{dot}weight", tuple(names), like, partial(_make, v2=v2))

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from int4q.checkpoint import schema

@@ -98,7 +98,7 @@ class Left:
 class Coverage:
     """What becomes of a checkpoint's matrices, and the bytes before and after."""
 
-    quantized: dict[str, Tensor]
+    quantized: dict[str, Int4Tensor]
     left: list[Left]
     bytes_before: int
     bytes_after: int
@@ -150,7 +150,9 @@ def copy(plan: Plan, source: Source, name: str) -> None:
     """Plan a tensor that stays as it is."""
     stored = source.tensors[name]
     like = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-    plan.add(name, like, [Job(name, stored.nbytes, partial(source.read, name), lambda t: {name: t})])
+    plan.add(
+        name, like, [Job(name, stored.nbytes, partial(source.read, name), lambda t: {name: t})]
+    )
 
 
 def quantization_config(config: AOBaseConfig, kept: Sequence[str] = ()) -> dict[str, Any]:
@@ -190,9 +192,13 @@ def _choose(
         if options.include:
             wanted = _matching(options.include, before)
             quantize_(model, _min_max(options.config), partial(_is_wanted, wanted=wanted))
+    for pattern in (*options.include, *options.exclude):
+        if not _matching([pattern], before):
+            raise errors.value("--include and --exclude must find parameters", repr(pattern))
     seen = report.summary(model, show=False)
     excluded = _matching(options.exclude, before)
     chosen: dict[str, Int4Tensor] = {}
+    t: Any
     left = []
     reasons = {w.name: w.reason or "" for w in seen.skipped if w.tied_to is None}
     for w in seen.quantized:
@@ -206,8 +212,10 @@ def _choose(
         left.append(Left(name, reason, nbytes, _expected(model, name, reason)))
     if options.include and (missed := _matching(options.include, before) - chosen.keys()):
         name = min(missed)
-        raise errors.value(f"what --include names must be quantisable, but {name} is not",
-                           reasons.get(name, "no matrix"))
+        raise errors.value(
+            f"what --include names must be quantisable, but {name} is not",
+            reasons.get(name, "no matrix"),
+        )
     return chosen, left
 
 
@@ -226,9 +234,7 @@ def _is_wanted(module: nn.Module, name: str, *, wanted: set[str]) -> bool:
     return f"{name}.weight" in wanted and not isinstance(module.weight, Int4Tensor)
 
 
-def _reason(
-    name: str, t: Tensor, excluded: set[str], how: Mapping[str, Recipe]
-) -> str | None:
+def _reason(name: str, t: Int4Tensor, excluded: set[str], how: Mapping[str, Recipe]) -> str | None:
     """Why a weight that could be quantised is not."""
     if name in excluded:
         return _EXCLUDED
@@ -291,4 +297,3 @@ def _quantize(w: Tensor, *, name: str, like: Int4Tensor, options: Options) -> di
     w = w.to(options.device).to(like.dtype)
     made = quantize_tensor(w, replace(options.config, group_size=like.group_size), name)
     return schema.flatten(name, made)[0]
-

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from int4q import errors
 from int4q.checkpoint.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Recipe:
         return [name for names in self.matrices for name in names]
 
 
-def skeleton(source: Source) -> nn.Module:
+def skeleton(source: Source) -> PreTrainedModel:
     """The model of ``config.json``'s architecture, on the device ``meta``.
 
     Raises:
@@ -55,10 +57,11 @@ def skeleton(source: Source) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
     config.quantization_config = None
     with torch.device("meta"):
-        return cls._from_config(config, dtype=config.dtype or torch.float32).eval()
+        model: PreTrainedModel = cls._from_config(config, dtype=config.dtype or torch.float32)
+    return model.eval()
 
 
-def recipes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+def recipes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
     """Parameter -> how it comes of a checkpoint's tensors; transformers' own names and conversions.
 
     Args:
@@ -110,7 +113,7 @@ def _recipe(by: dict[str | None, list[str]], converter: Any) -> Recipe:
 
 
 def _check(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], found: dict[str, Recipe]
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], found: dict[str, Recipe]
 ) -> None:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.checkpoint.plan import Job, Plan, Shard, digest, index, shards
+from int4q.checkpoint.source import INDEX
 from int4q.checkpoint.team import Team
 from int4q.checkpoint.workspace import Journal, Workspace, sync, write
 
@@ -96,8 +97,8 @@ def _allocate(space: Workspace, made: list[Shard]) -> None:
 
 def _finish(plan: Plan, made: list[Shard], space: Workspace) -> None:
     files = dict(plan.files)
-    if (content := index(made, plan)) is not None:
-        files["model.safetensors.index.json"] = content
+    if (listed := index(made, plan)) is not None:
+        files[INDEX] = listed
     for name, content in files.items():
         write(space.data / name, content)
     space.finish()
@@ -163,9 +164,7 @@ def _made(plan: Plan, job: Job, got: Any) -> Mapping[str, Tensor]:
 class Writer:
     """Puts tensors at their places, and notes the jobs whose bytes the disk has."""
 
-    def __init__(
-        self, plan: Plan, made: list[Shard], space: Workspace, rank: int, sync_bytes: int
-    ):
+    def __init__(self, plan: Plan, made: list[Shard], space: Workspace, rank: int, sync_bytes: int):
         self._places: dict[str, tuple[int, int]] = {}
         self._fds: list[int] = []
         for shard in made:
@@ -188,7 +187,7 @@ class Writer:
         """Write what job ``number`` made: whole tensors, or matrix ``index`` of stacks."""
         for name, t in tensors.items():
             fd, start = self._places[name]
-            data = memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            data = _bytes(t)
             start += (index or 0) * len(data)
             while data:
                 count = os.pwrite(fd, data, start)
@@ -203,3 +202,8 @@ class Writer:
             os.fdatasync(fd)
         self._journal.add(self._unsynced)
         self._unsynced, self._bytes = [], 0
+
+
+def _bytes(t: Tensor) -> memoryview:
+    flat: Any = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)

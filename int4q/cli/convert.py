@@ -9,10 +9,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from int4q.checkpoint.converting import plan_folder, plan_gguf
-from int4q.checkpoint.source import Source
-from int4q.checkpoint.stream import run as stream
-from int4q.checkpoint.team import team
 from int4q.cli.show import bytes_progress, console, errors_in_one_line
 
 
@@ -24,6 +20,11 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", help="a line for every tensor")] = False,
 ) -> None:
     """Turn a 4-bit checkpoint of another format into one that transformers loads."""
+    from int4q.checkpoint.converting import plan_folder, plan_gguf
+    from int4q.checkpoint.source import Source
+    from int4q.checkpoint.stream import run as stream
+    from int4q.checkpoint.team import team
+
     notes: dict[str, str] = {}
     note = notes.__setitem__
     plan = plan_folder(Source(src), note) if src.is_dir() else plan_gguf(src, note)
@@ -32,7 +33,9 @@ def run(
         stream(plan, dst, team=me, progress=report, max_shard_size=max_shard_size)
     out = console()
     table = Table("tensors", "", box=None)
-    lines = notes.items() if verbose else ((str(n), how) for how, n in Counter(notes.values()).items())
+    lines = (
+        notes.items() if verbose else ((str(n), how) for how, n in Counter(notes.values()).items())
+    )
     for what, how in lines:
         table.add_row(what, how)
     out.print(table)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from int4q.checkpoint import card
-from int4q.checkpoint.quantizing import Coverage, Options, plan_quantize
-from int4q.checkpoint.source import Source
-from int4q.checkpoint.stream import run as stream
-from int4q.checkpoint.team import team
 from int4q.cli.show import bytes_progress, console, errors_in_one_line, size
+
+if TYPE_CHECKING:
+    from int4q.checkpoint.quantizing import Coverage
 
 
 @errors_in_one_line
@@ -38,6 +36,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only report")] = False,
 ) -> None:
     """Quantise a checkpoint tensor by tensor. Killed, the same command goes on where it was."""
+    from int4q.checkpoint import card
+    from int4q.checkpoint.quantizing import Options, plan_quantize
+    from int4q.checkpoint.source import Source
+    from int4q.checkpoint.stream import run as stream
+    from int4q.checkpoint.team import team
+
     options = Options(
         group_size, algorithm, preset, tuple(include or ()), tuple(exclude or ()), device
     )
@@ -61,6 +65,8 @@ def run(
 
 def show(coverage: Coverage, out: Console) -> None:
     """What becomes of the matrices: one line a kind."""
+    from int4q.checkpoint.card import kinds
+
     out.print(
         f"{len(coverage.quantized)} weights in 4 bits ({coverage.bits_per_weight:.2f} bits each, "
         f"scales included); checkpoint {size(coverage.bytes_before)} -> "
@@ -70,7 +76,7 @@ def show(coverage: Coverage, out: Console) -> None:
     table.add_column("weights", overflow="fold", min_width=16)
     for column in ("number", "shape", "group", "after"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in card.kinds(coverage):
+    for row in kinds(coverage):
         table.add_row(row.names, str(row.number), row.shape, str(row.group_size), size(row.nbytes))
     out.print(table)
     for left in coverage.left:

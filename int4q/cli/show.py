@@ -32,13 +32,20 @@ def errors_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            _fail(f"{error.name} is not installed: pip install 'int4q[hf]'")
+            raise typer.Exit(1) from error
         except (ValueError, OSError) as error:
-            stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-            stderr.print("error: ", style="red", end="")
-            stderr.print(str(error), markup=False)
+            _fail(str(error))
             raise typer.Exit(1) from error
 
     return run
+
+
+def _fail(message: str) -> None:
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print("error: ", style="red", end="")
+    stderr.print(message, markup=False)
 
 
 @contextmanager

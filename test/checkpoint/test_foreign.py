@@ -166,9 +166,7 @@ def blocks(kind):
     halves = 2 if kind == "Q4_0" else 4
     some = torch.randn(N, 4, halves // 2).half() * 0.01
     made[..., :halves] = some.view(torch.uint8)
-    theirs = library.dequantize(
-        made.flatten(1).numpy(), library.GGMLQuantizationType[kind]
-    )
+    theirs = library.dequantize(made.flatten(1).numpy(), library.GGMLQuantizationType[kind])
     return made, torch.from_numpy(theirs)
 
 
@@ -188,9 +186,7 @@ def test_gguf(kind):
         assert how == foreign.EXACT and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "kind,back", [("Q4_0", gguf.to_q4_0), ("Q4_1", gguf.to_q4_1)]
-)
+@pytest.mark.parametrize("kind,back", [("Q4_0", gguf.to_q4_0), ("Q4_1", gguf.to_q4_1)])
 def test_gguf_and_back(kind, back):
     made, _ = blocks(kind)
     assert torch.equal(back(gguf.FROM[kind](made)), made)
