@@ -116,19 +116,23 @@ class GGUFModel:
         """A parameter, and how exact it is, in words; the file's bytes are copied once."""
         kind = item.tensor.kind
         if not gguf.is_4bit(item.tensor):
-            values = gguf.dequantized(item.tensor)
-            values = self._processor.process(values, name=item.tensor.name).weights
+            values = self.reordered(gguf.dequantized(item.tensor), item.tensor.name)
             exact = torch.from_numpy(np.array(values, dtype=np.float32))
             made = exact.to(self.dtype)
             how = EXACT if torch.equal(made.float(), exact) else f"rounded to {_short(self.dtype)}"
             return made, f"{kind}, {how}"
         blocks = gguf.blocks(item.tensor)
         rows = np.arange(len(blocks)).reshape(-1, 1)
-        order = self._processor.process(rows, name=item.tensor.name).weights.reshape(-1)
+        order = self.reordered(rows, item.tensor.name).reshape(-1)
         if not np.array_equal(order, rows.reshape(-1)):
             blocks = blocks[torch.from_numpy(np.ascontiguousarray(order))]
         weight = gguf.FROM[kind](blocks)
         return weight, f"{kind}, {gguf.exactness(weight, blocks, kind)}"
+
+    def reordered(self, values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+        """What transformers makes of a tensor's dequantised values; ``name`` is the file's."""
+        processed: np.ndarray[Any, Any] = self._processor.process(values, name=name).weights
+        return processed
 
     def tokenizer(self) -> Any:
         """The file's own tokenizer."""
