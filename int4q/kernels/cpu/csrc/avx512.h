@@ -11,6 +11,11 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma")))
 #define TARGET_AMX \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
+/* The parts of avx512_kernels that lie in other files than its decode_blocks. */
+int avx512_has_outlier(const int4q_args *a, int64_t m, float bits);
+void avx512_turn_span(const int4q_args *a, const turned_x *t, int64_t m, int64_t span);
+void avx512_dequant_rows(const int4q_args *a, int64_t n0);
+
 #define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 INLINE TARGET_512 __m512 bf16_to_float(__m256i h) {

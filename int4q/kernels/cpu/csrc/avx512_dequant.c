@@ -6,8 +6,6 @@
 
 #include "avx512.h"
 
-void avx512_dequant_rows(const int4q_args *a, int64_t n0);
-
 /* scale and zero_point of 16 rows, groups [g0, g0 + count), as float [count][16 rows]. */
 INLINE TARGET_512 void params_of_rows(const int4q_args *a, int64_t n0, int64_t g0, int64_t count,
                                        float *scale, float *zero) {
