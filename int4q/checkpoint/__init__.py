@@ -1,0 +1,1 @@
+"""Checkpoints: how 4-bit weights lie in files, and reading and writing those."""
