@@ -37,7 +37,8 @@ from int4q import errors
 from int4q.tensor import Int4Tensor
 from int4q.tensor.base import Int4TensorBase
 
-NAMES = "tensor_names"
+NAMES, SEAL = "tensor_names", "int4q"
+_OWN = {NAMES, SEAL, "format"}
 INT4 = Int4Tensor.__name__
 PLAIN = Tensor.__name__
 
@@ -58,6 +59,12 @@ class Entry:
     name: str
     parts: dict[str, str]
     attributes: dict[str, Any] | None = None
+
+    def shape(self, stored: Mapping[str, Tensor]) -> torch.Size:
+        """The logical shape, of ``stored`` tensors by their stored names."""
+        if self.attributes is None:
+            return stored[self.name].shape
+        return torch.Size(self.attributes["shape"])
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def metadata(entries: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a name that the schema needs itself.
     """
-    if taken := {NAMES, "format", "int4q"} & entries.keys():
+    if taken := _OWN & entries.keys():
         raise errors.value("a tensor must not be named as the schema's own metadata", sorted(taken))
     return {**entries, NAMES: json.dumps(list(entries)), "format": "pt"}
 
@@ -143,6 +150,8 @@ def entries(metadata: Mapping[str, str]) -> dict[str, Entry]:
         raise errors.value(f"the metadata's {NAMES} must be a list of names", repr(names)[:80])
     if len(set(names)) < len(names):
         raise errors.value(f"the metadata's {NAMES} must name each tensor once", "some twice")
+    if unknown := metadata.keys() - _OWN - set(names):
+        raise errors.value("the metadata must describe tensors that they name", sorted(unknown)[:5])
     return {name: _entry(name, metadata.get(name)) for name in names}
 
 

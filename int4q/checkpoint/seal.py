@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.checkpoint.schema import Spec
+from int4q.checkpoint.schema import SEAL, Spec
 
-KEY = "int4q"
 VERSION = 1
 
 
@@ -54,7 +53,7 @@ def seal(metadata: Mapping[str, str], stored: Mapping[str, Spec], of: Seal) -> d
     """
     body: dict[str, Any] = {"version": VERSION, "tied": of.tied, "crc32": of.crc32}
     body["header"] = _header(metadata, stored, body)
-    return {**metadata, KEY: json.dumps(body)}
+    return {**metadata, SEAL: json.dumps(body)}
 
 
 def unseal(metadata: Mapping[str, str], stored: Mapping[str, Spec]) -> Seal | None:
@@ -63,7 +62,7 @@ def unseal(metadata: Mapping[str, str], stored: Mapping[str, Spec]) -> Seal | No
     Raises:
         ValueError: the header is damaged, or of another version.
     """
-    text = metadata.get(KEY)
+    text = metadata.get(SEAL)
     if text is None:
         return None
     try:
@@ -71,7 +70,7 @@ def unseal(metadata: Mapping[str, str], stored: Mapping[str, Spec]) -> Seal | No
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise errors.value(f"the metadata of {KEY} must be a JSON object", repr(text)[:80])
+        raise errors.value(f"the metadata of {SEAL} must be a JSON object", repr(text)[:80])
     if body.get("version") != VERSION:
         raise errors.value(
             f"the version of a checkpoint must be {VERSION}",
@@ -79,19 +78,19 @@ def unseal(metadata: Mapping[str, str], stored: Mapping[str, Spec]) -> Seal | No
             "A newer int4q wrote it, or it is damaged",
         )
     header = body.pop("header", None)
-    expected = _header({k: v for k, v in metadata.items() if k != KEY}, stored, body)
+    expected = _header({k: v for k, v in metadata.items() if k != SEAL}, stored, body)
     if header != expected:
         raise errors.value("a file's header must match its checksum", "another", "It is damaged")
     return Seal(body["tied"], body["crc32"])
 
 
-def verify(name: str, t: Tensor, seal: Seal) -> None:
-    """Check the bytes of a stored tensor.
+def verify(name: str, t: Tensor, crc32: int) -> None:
+    """Check the bytes of a stored tensor against its checksum.
 
     Raises:
         ValueError: they are not those that were written.
     """
-    if checksum(t) != seal.crc32.get(name):
+    if checksum(t) != crc32:
         raise errors.value(f"{name} must match its checksum", "other bytes", "The file is damaged")
 
 

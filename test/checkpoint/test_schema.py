@@ -178,10 +178,10 @@ def test_a_seal_fits_its_file_only():
     found = seal.unseal(header, specs(stored))
     assert found.tied == {"o": "n"} and found.crc32.keys() == stored.keys()
     for name, t in stored.items():
-        seal.verify(name, t, found)
+        seal.verify(name, t, found.crc32[name])
     stored["m._weight_qdata"][3, 5] ^= 1
     with pytest.raises(ValueError, match="m._weight_qdata must match its checksum"):
-        seal.verify("m._weight_qdata", stored["m._weight_qdata"], found)
+        seal.verify("m._weight_qdata", stored["m._weight_qdata"], found.crc32["m._weight_qdata"])
     assert seal.unseal({"format": "pt"}, {}) is None
 
 
@@ -194,14 +194,14 @@ def test_a_changed_header_breaks_the_seal():
     other = {**specs(stored), "n": (torch.int32, ())}
     with pytest.raises(ValueError, match="a file's header must match its checksum"):
         seal.unseal(header, other)
-    body = json.loads(header[seal.KEY])
+    body = json.loads(header[schema.SEAL])
     for change in ({"tied": {}}, {"crc32": {}}, {"header": 0}, {"more": 1}):
         with pytest.raises(ValueError, match="a file's header must match its checksum"):
-            seal.unseal({**header, seal.KEY: json.dumps(body | change)}, specs(stored))
+            seal.unseal({**header, schema.SEAL: json.dumps(body | change)}, specs(stored))
     for text, message in (
         ("{", "must be a JSON object"),
         ("[]", "must be a JSON object"),
         ('{"version": 2}', "version of a checkpoint must be 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            seal.unseal({**header, seal.KEY: text}, specs(stored))
+            seal.unseal({**header, schema.SEAL: text}, specs(stored))
