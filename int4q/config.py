@@ -302,6 +302,8 @@ def _quantize_parameter(module: nn.Module, config: Int4WeightOnlyConfig, name: s
         group_size = fitting_group_size(config, K)
         if reason := reason or reason_to_skip(module, name, group_size, dim):
             skip(module, name, reason)
+            if name in module.__dict__:  # (a merged weight: it must not be lost to the state dict)
+                setattr(module, name, nn.Parameter(w.detach(), requires_grad=False))
             return
         sliced, calibration = is_sliced(module, name), run.calibration if run else None
         full = full_name(module, name)

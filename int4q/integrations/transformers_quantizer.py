@@ -36,12 +36,39 @@ TAGS = ["int4q", "torchao", "4-bit"]
 """Of the model's card on the Hub."""
 
 
+class Int4Config(TorchAoConfig):  # type: ignore[misc]  # no types
+    """transformers' config of torchao, of a model that has int4q's weights."""
+
+    @classmethod
+    def of(cls, config: TorchAoConfig) -> TorchAoConfig:
+        """The same settings in this class."""
+        return cls(
+            config.quant_type,
+            config.modules_to_not_convert,
+            config.include_input_output_embeddings,
+            config.untie_embedding_weights,
+        )
+
+    def get_apply_tensor_subclass(self) -> Int4WeightOnlyConfig:
+        """What peft makes a linear layer 4-bit again with, once an adapter is merged into it."""
+        named = getattr(self.quant_type, "fqn_to_config", {"": self.quant_type})
+        sizes = [c.group_size for c in named.values() if hasattr(c, "group_size")]
+        return Int4WeightOnlyConfig(
+            group_size=sizes[-1], group_size_fallback=True, set_inductor_config=False
+        )
+
+
 class Int4Quantizer(TorchAoHfQuantizer):
     """transformers' quantizer for torchao's tensors, 4-bit ones as int4q's."""
 
     derived = False
     """Whether the config was read from the weights (see :func:`declare`)."""
     _trainable = False
+
+    def __init__(self, quantization_config: TorchAoConfig, **kwargs: Any):
+        if isinstance(quantization_config, Int4Config):  # of another model, to be applied to this
+            quantization_config = Int4Config.of.__func__(TorchAoConfig, quantization_config)
+        super().__init__(quantization_config, **kwargs)
 
     @property
     def is_trainable(self) -> bool:
@@ -64,14 +91,12 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop("get_input_embeddings", None)
-        self.take(model)
-        return super()._process_model_after_weight_loading(model, **kwargs)
-
-    def take(self, model: Any) -> None:
-        """Note what the weights of a model are, once it has them."""
         self._trainable = _has_weights(model)
         if self._trainable:
+            self.quantization_config = Int4Config.of(self.quantization_config)
+            model.config.quantization_config = self.quantization_config
             model.add_model_tags(TAGS)
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """The plain tensors to save, and the metadata of each file.
