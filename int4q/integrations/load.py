@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from int4q.tensor import Int4Tensor
-
 
 def load(
     path: Path | str,
@@ -51,16 +49,4 @@ def _folder(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
 
     where = {"local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **where)
-    _adopt(model)
     return model.eval(), AutoTokenizer.from_pretrained(path, **where)
-
-
-def _adopt(model: nn.Module) -> None:
-    """torchao's 4-bit weights, which transformers makes, as int4q's over the same parts."""
-    from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
-
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if isinstance(p, TorchAOInt4Tensor):
-                weight = Int4Tensor.from_torchao(p)
-                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
