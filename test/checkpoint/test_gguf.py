@@ -1,0 +1,235 @@
+"""GGUF files: the values that `gguf` and transformers read, and files that are damaged."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+import int4q  # noqa: E402
+from int4q import Int4Tensor  # noqa: E402
+from int4q.checkpoint.gguf_file import GGUFFile  # noqa: E402
+from int4q.checkpoint.gguf_model import GGUFModel  # noqa: E402
+from int4q.cli import main  # noqa: E402
+
+HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 64, 256, 4, 2, 64
+KINDS = gguf.GGMLQuantizationType
+_SHAPES = {
+    "attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
+    "ffn_down": (HIDDEN, INNER),
+}  # fmt: skip
+
+
+def blocks(shape, kind):
+    """Bytes of a 4-bit tensor: random values, scales that are finite."""
+    values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    made = torch.randint(0, 256, (shape[0], shape[1] // values, nbytes), dtype=torch.uint8)
+    halves = 2 if kind == KINDS.Q4_0 else 4
+    made[..., :halves] = (torch.randn(*made.shape[:2], halves // 2).half() * 0.02).view(torch.uint8)
+    return made.flatten(1).numpy()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A llama of two layers with tensors of every type that is read, and a tokenizer."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    tokens = [*(chr(33 + i) for i in range(VOCAB - 1)), "!!"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    embedding = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN), dtype=np.float32)
+    q8 = gguf.quantize(embedding, KINDS.Q8_0)
+    writer.add_tensor("token_embd.weight", q8, raw_dtype=KINDS.Q8_0)
+    for layer in range(2):
+        for name, shape in _SHAPES.items():
+            kind = KINDS.Q4_K if name == "ffn_down" else (KINDS.Q4_0, KINDS.Q4_1)[layer]
+            name = f"blk.{layer}.{name}.weight"
+            writer.add_tensor(name, blocks(shape, kind), raw_dtype=kind)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, dtype=np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(path):
+    """transformers' own reading, dequantised to float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+
+
+def check(model, theirs, dtype=torch.bfloat16):
+    """Every parameter is the one that transformers reads, 4-bit ones to float32's last bits."""
+    expected = dict(theirs.named_parameters())
+    quantised = 0
+    for name, p in model.named_parameters():
+        w = expected.pop(name).detach()
+        if isinstance(p, Int4Tensor):
+            quantised += 1
+            assert p.dtype == torch.float32 and p.group_size == 32
+            bound = float(w.abs().max()) * 2**-23 if ".down_proj." in name else 0
+            torch.testing.assert_close(p.dequantize(), w, rtol=0, atol=bound)
+        else:
+            assert torch.equal(p, w.to(dtype))
+    assert not expected and quantised == 14
+
+
+def test_a_model_holds_the_files_values(path, theirs):
+    model, tokenizer = int4q.load(path)
+    check(model, theirs)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.tensor([tokenizer("#$%")["input_ids"]])
+    assert ids.shape == (1, 3)
+    ours, exact = model.float()(ids).logits, theirs(ids).logits
+    assert (ours - exact).norm() < 0.02 * exact.norm()  # (the embedding is bfloat16)
+
+
+def test_convert_and_load_again(path, theirs, tmp_path, capsys):
+    main(["convert", str(path), str(tmp_path / "int4"), "--verbose"])
+    out = capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj.weight" in out and "Q4_1, exact" in out
+    assert "Q8_0, rounded to bfloat16" in out
+    model, tokenizer = int4q.load(tmp_path / "int4")
+    check(model, theirs)
+    assert tokenizer("#$%")["input_ids"] == int4q.load(path)[1]("#$%")["input_ids"]
+    main(["inspect", str(path)])
+    assert "Q4_K  2 " in capsys.readouterr().out
+    main(["generate", str(tmp_path / "int4"), "#$%", "--tokens", "3"])
+    assert "tokens, " in capsys.readouterr().out
+
+
+def test_fields_and_data_are_those_of_the_library(path):
+    ours, library = GGUFFile(path), gguf.GGUFReader(path)
+    assert {t.name: t.shape for t in ours.tensors} == {
+        t.name: tuple(map(int, t.shape))[::-1] for t in library.tensors
+    }
+    for mine, other in zip(ours.tensors, library.tensors, strict=True):
+        assert mine.kind == other.tensor_type.name
+        assert mine.data.tobytes() == np.ascontiguousarray(other.data).tobytes()
+    for key, value in ours.fields.items():
+        assert value == library.fields[key].contents()
+
+
+# --- damaged --------------------------------------------------------------------------------------
+
+
+def u64(n):
+    return n.to_bytes(8, "little")
+
+
+def text(s):
+    return u64(len(s)) + s.encode()
+
+
+def header(tensors=0, fields=0, version=3):
+    return b"GGUF" + version.to_bytes(4, "little") + u64(tensors) + u64(fields)
+
+
+def entry(name="t", shape=(32,), kind=2, offset=0):
+    dims = b"".join(map(u64, shape))
+    return (
+        text(name)
+        + len(shape).to_bytes(4, "little")
+        + dims
+        + kind.to_bytes(4, "little")
+        + u64(offset)
+    )
+
+
+HOSTILE = {
+    "no gguf": (b"GGML" + bytes(40), "start with GGUF"),
+    "short": (b"GGUF", "fewer than 24"),
+    "version": (header(version=9), "version must be"),
+    "tensors": (header(tensors=2**60) + bytes(64), "count must fit"),
+    "fields": (header(fields=2**63) + bytes(64), "count must fit"),
+    "string": (header(fields=1) + u64(2**62) + bytes(64), "length must fit"),
+    "array": (
+        header(fields=1) + text("k") + b"\x09\0\0\0" + b"\x04\0\0\0" + u64(2**61) + bytes(64),
+        "count must fit",
+    ),
+    "nested array": (
+        header(fields=1) + text("k") + b"\x09\0\0\0" + b"\x09\0\0\0" + u64(1) + bytes(64),
+        "a value must be a number",
+    ),
+    "twice": (header(fields=2) + 2 * (text("k") + bytes(5)) + bytes(32), "there once"),
+    "dims": (header(tensors=1) + entry(shape=(32,) * 9) + bytes(64), "up to 4 dims"),
+    "huge": (header(tensors=1) + entry(shape=(2**40, 2**40)) + bytes(64), "length must fit"),
+    "offset": (header(tensors=1) + entry(offset=2**50) + bytes(64), "length must fit"),
+    "kind": (header(tensors=1) + entry(kind=999) + bytes(64), "known type"),
+    "block": (header(tensors=1) + entry(shape=(33,)) + bytes(64), "multiple of 32"),
+    "overlap": (header(tensors=2) + entry("a") + entry("b", offset=4) + bytes(96), "overlap"),
+    "same name": (header(tensors=2) + entry("a") + entry("a", offset=32) + bytes(96), "a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_headers(tmp_path, what):
+    data, message = HOSTILE[what]
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        GGUFFile(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("number", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutations(path, tmp_path, number):
+    """Refused, or read as what it now says: no crash, no endless loop, nothing past the file."""
+    whole, rng, refused = path.read_bytes(), random.Random(number), 0
+    start = whole.index(b"output_norm.weight") + 64  # the header ends about here
+    mutated = tmp_path / "mutated.gguf"
+    for _ in range(number):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(start)] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        mutated.write_bytes(data)
+        try:
+            file = GGUFFile(mutated)
+        except ValueError:
+            refused += 1
+            continue
+        assert sum(t.data.size for t in file.tensors) <= len(data)
+        for t in file.tensors:
+            values, nbytes = gguf.GGML_QUANT_SIZES[KINDS[t.kind]]
+            assert t.data.size == torch.Size(t.shape).numel() // values * nbytes
+    assert number / 10 < refused < number
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda d: d.replace(b"blk.1.ffn_up", b"blk.7.ffn_up"), "must be known|must hold"),
+        (lambda d: d.replace(b"llama.block_count", b"llama.block_c0unt"), "must hold"),
+        (lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom", 1), "rows apart|lacks"),
+    ],
+)
+def test_files_that_are_no_model(path, tmp_path, change, message):
+    data = change(path.read_bytes())
+    assert data != path.read_bytes()
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        GGUFModel(tmp_path / "x.gguf")
