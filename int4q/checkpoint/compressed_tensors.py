@@ -66,12 +66,15 @@ def to_int4(
     return foreign.from_zeros(u, scale, _spread(zero, N, K // group_size))
 
 
-def from_int4(t: Int4Tensor) -> dict[str, Tensor]:
-    """The parts of a symmetric weight ``[N, K]``; the inverse of :func:`to_int4`.
+def from_int4(t: Int4Tensor, *, symmetric: bool) -> dict[str, Tensor]:
+    """The parts of a weight ``[N, K]``; the inverse of :func:`to_int4`.
+
+    Args:
+        symmetric: without ``weight_zero_point``.
 
     Raises:
-        ValueError: it has zero points, an ``act_pre_scale``, is a stack or transposed: the format
-            has no such weights (its zero points are integers).
+        ValueError: zero points that are no whole multiples of the scale (with ``symmetric``, other
+            than 0), an ``act_pre_scale``, a stack, or a transposed weight: the format has none.
     """
     if t.ndim != 2 or t.grouped_dim != 1 or t.act_pre_scale is not None:
         rule = "compressed-tensors takes weights [N, K] without act_pre_scale"
@@ -81,12 +84,17 @@ def from_int4(t: Int4Tensor) -> dict[str, Tensor]:
         "weight_scale": t.scale.mT.contiguous(),
         "weight_shape": torch.tensor(t.shape),
     }
-    if bool(t.zero_point.any()):
-        parts["weight_zero_point"] = _integer_zeros(t)
+    zeros = _integer_zeros(t)
+    if not symmetric:
+        padded = torch.nn.functional.pad(zeros + 8, (0, -t.shape[0] % 8))
+        parts["weight_zero_point"] = foreign.pack_int32(padded).mT.contiguous()
+    elif bool(zeros.any()):
+        raise errors.value("a symmetric weight has zero points of 0", "others")
     return parts
 
 
 def _integer_zeros(t: Int4Tensor) -> Tensor:
+    """int8 ``[n_groups, N]``, -8 to 7: zero points in units of the scale, negated."""
     scale, zero_point = t.scale.double(), t.zero_point.double()
     zero = (-zero_point / scale).round()
     if not bool(((zero * scale == -zero_point) & (zero >= -8) & (zero <= 7)).all()):
@@ -95,8 +103,7 @@ def _integer_zeros(t: Int4Tensor) -> Tensor:
             "others",
             'Quantise with Int4Tensor.from_hp(w, block_size, algorithm="symmetric")',
         )
-    padded = torch.nn.functional.pad(zero.to(torch.int8) + 8, (0, -zero.shape[1] % 8))
-    return foreign.pack_int32(padded).mT.contiguous()
+    return zero.to(torch.int8)
 
 
 def scheme(config: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from int4q.moe import moe_config
 from int4q.quantize import quantize_
 from int4q.tensor import Int4Tensor
 
-ALGORITHMS = ("tinygemm", "search", "hqq", "auto")
+ALGORITHMS = ("tinygemm", "search", "hqq", "auto", "symmetric")
 PRESETS = ("auto", "dense", "moe")
 
 
@@ -38,7 +38,7 @@ class Options:
         group_size: 32, 64, 128 or 256; where it does not divide K, the largest smaller one that
             does is taken.
         algorithm: one of ``ALGORITHMS``; ``"auto"`` without a calibration, which would need the
-            whole model.
+            whole model; ``"symmetric"`` without zero points, for :mod:`int4q.export`.
         preset: ``"dense"`` takes linear layers, ``"moe"`` those and experts as
             :func:`int4q.moe_config` names them, ``"auto"`` the one that fits the architecture.
         include: regular expressions: parameters to take as well (searched for in the name).
@@ -69,11 +69,16 @@ class Options:
                 raise ValueError(f"{pattern!r} must be a regular expression: {error}") from None
 
     @property
+    def symmetric(self) -> bool:
+        """Whether all zero points are 0."""
+        return self.algorithm == "symmetric"
+
+    @property
     def config(self) -> Int4WeightOnlyConfig:
         """For one weight."""
         return Int4WeightOnlyConfig(
             group_size=self.group_size,
-            int4_choose_qparams_algorithm=self.algorithm,
+            int4_choose_qparams_algorithm="tinygemm" if self.symmetric else self.algorithm,
             group_size_fallback=True,
             set_inductor_config=False,
         )
@@ -295,5 +300,9 @@ def _read(source: Source, names: Sequence[str]) -> Tensor:
 def _quantize(w: Tensor, *, name: str, like: Int4Tensor, options: Options) -> dict[str, Tensor]:
     """The parts of a weight, under their stored names."""
     w = w.to(options.device).to(like.dtype)
-    made = quantize_tensor(w, replace(options.config, group_size=like.group_size), name)
+    if options.symmetric:
+        block_size = [1] * (w.ndim - 1) + [like.group_size]
+        made: Tensor = Int4Tensor.from_hp(w, block_size, algorithm="symmetric")
+    else:
+        made = quantize_tensor(w, replace(options.config, group_size=like.group_size), name)
     return schema.flatten(name, made)[0]

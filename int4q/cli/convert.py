@@ -17,17 +17,24 @@ def run(
     src: Annotated[Path, typer.Argument(help="GGUF file, or folder: GPTQ, AWQ, ...")],
     dst: Annotated[Path, typer.Argument(help="folder to make")],
     max_shard_size: Annotated[str, typer.Option(help="of a file")] = "5GB",
+    to: Annotated[str, typer.Option(help="int4q, or compressed-tensors (of int4q's)")] = "int4q",
     verbose: Annotated[bool, typer.Option("--verbose", help="a line for every tensor")] = False,
 ) -> None:
     """Turn a 4-bit checkpoint of another format into one that transformers loads."""
+    from int4q import export
     from int4q.checkpoint.converting import plan_folder, plan_gguf
     from int4q.checkpoint.source import Source
     from int4q.checkpoint.stream import run as stream
     from int4q.checkpoint.team import team
 
+    if to not in ("int4q", "compressed-tensors"):
+        raise ValueError(f"--to must be int4q or compressed-tensors, got {to!r}")
     notes: dict[str, str] = {}
     note = notes.__setitem__
-    plan = plan_folder(Source(src), note) if src.is_dir() else plan_gguf(src, note)
+    if to == "compressed-tensors":
+        plan = export.plan(Source(src))
+    else:
+        plan = plan_folder(Source(src), note) if src.is_dir() else plan_gguf(src, note)
     with team() as me, bytes_progress("converting") as progress:
         report = progress if me.leads else None
         stream(plan, dst, team=me, progress=report, max_shard_size=max_shard_size)

@@ -20,7 +20,9 @@ def run(
     src: Annotated[Path, typer.Argument(help="folder of a model, as transformers saves it")],
     dst: Annotated[Path, typer.Argument(help="folder to make")],
     group_size: Annotated[int, typer.Option(help="32, 64, 128 or 256")] = 128,
-    algorithm: Annotated[str, typer.Option(help="tinygemm, search, hqq or auto")] = "tinygemm",
+    algorithm: Annotated[
+        str, typer.Option(help="tinygemm, search, hqq, auto or symmetric")
+    ] = "tinygemm",
     preset: Annotated[str, typer.Option(help="auto, dense or moe")] = "auto",
     include: Annotated[
         list[str] | None, typer.Option(help="also parameters that this regular expression finds")

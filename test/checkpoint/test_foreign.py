@@ -146,7 +146,7 @@ def test_compressed_tensors_and_back(symmetric):
     parts = [stored[k] for k in ("weight_packed", "weight_scale")]
     parts += [] if symmetric else [stored["weight_zero_point"]]
     t = compressed_tensors.to_int4(*parts, group_size=GROUP)
-    back = compressed_tensors.from_int4(t)
+    back = compressed_tensors.from_int4(t, symmetric=symmetric)
     assert torch.equal(back["weight_packed"], stored["weight_packed"])
     read = library.decompress(back, scheme)["weight"]
     assert torch.equal(read.bfloat16(), theirs)
@@ -155,7 +155,7 @@ def test_compressed_tensors_and_back(symmetric):
 def test_free_zero_points_are_not_compressed_tensors():
     t = Int4Tensor.from_hp(torch.randn(32, 256), [1, 128])
     with pytest.raises(ValueError, match="whole multiples"):
-        compressed_tensors.from_int4(t)
+        compressed_tensors.from_int4(t, symmetric=False)
 
 
 def blocks(kind):
