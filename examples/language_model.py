@@ -132,6 +132,11 @@ def text(tokenizer, tokens: int) -> torch.Tensor:
     return torch.tensor(tokenizer(joined)["input_ids"][:tokens])
 
 
+def sqnr(exact: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal to quantisation noise, dB."""
+    return float(20 * torch.log10(exact.norm() / (exact - got).norm()))
+
+
 def quantising_errors(dense: nn.Module) -> dict[str, list[float]]:
     """SQNR (dB) of every weight that int4q quantises itself, groups of 64: algorithm -> values."""
     found: dict[str, list[float]] = {}
@@ -143,7 +148,7 @@ def quantising_errors(dense: nn.Module) -> dict[str, list[float]]:
         int4q.quantize_(layers, config)
         pairs = zip(dense.model.layers.parameters(), layers.parameters(), strict=True)
         found[algorithm] = [
-            float(20 * torch.log10(w.norm() / (w - t.dequantize()).norm()))
+            sqnr(w.float(), t.dequantize(torch.float32))
             for w, t in pairs
             if isinstance(t, Int4Tensor)
         ]

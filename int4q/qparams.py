@@ -226,7 +226,7 @@ def quantize(
     h = None
     if importance is not None:
         h = with_floor(importance).to(w.device).view(n_groups, group_size)
-    step = max(1, _CHUNK_ELEMENTS // max(K, 1))
+    step = max(1, n_rows if w.is_meta else _CHUNK_ELEMENTS // max(K, 1))
     for start in range(0, n_rows, step):
         chunk = slice(start, min(start + step, n_rows))
         groups = rows[chunk].reshape(-1, n_groups, group_size).float().contiguous()

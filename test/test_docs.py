@@ -9,8 +9,19 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
-NEEDS = {"checkpoint": "transformers", "generate": "transformers", "moe": "transformers", "tune": "triton"}
-SLOW = ("checkpoint", "compile", "generate", "moe", "tune")  # inductor, transformers, the interpreter
+NEEDS = {
+    "checkpoint": "transformers",
+    "generate": "transformers",
+    "moe": "transformers",
+    "tune": "triton",
+}
+SLOW = (
+    "checkpoint",
+    "compile",
+    "generate",
+    "moe",
+    "tune",
+)  # inductor, transformers, the interpreter
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 
