@@ -5,7 +5,7 @@
 
 #include "avx512.h"
 
-/* Scales of a block: groups of 128 and more: [G][16 rows], one value for a whole register of weights.
+/* Scales of a block. Groups of 128 and more: [G][16 rows], one value for a register of weights.
  * Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of a unit. */
 
 INLINE TARGET_512 void zeros_by_group(const int4q_args *a, int64_t n0, int blocks,

@@ -147,7 +147,7 @@ typedef struct {
     float *scale, *zero;           /* [blocks] */
 } block_params;
 
-/* Blocks whose converted parameters fit, with the weights that stream by, in a second-level cache. */
+/* Blocks whose converted parameters fit in a second-level cache beside the weights. */
 INLINE int64_t blocks_of_batch(int64_t floats_of_block) {
     enum { BATCH_FLOATS = 32 << 10 };
     const int64_t blocks = min64(MAX_BLOCKS, BATCH_FLOATS / floats_of_block);
@@ -162,9 +162,9 @@ INLINE void prefetch_entries(const void *p, int64_t size, int64_t stride_g, int6
             __builtin_prefetch((const char *)p + (g * stride_g + first) * size + i, 0, 2);
 }
 
-/* Ask for a part of what the batch from n0 on will convert, block `part` of this one: the entries of
- * one g are a few lines, and those of the next lie in another page, so that no prefetcher of the CPU's
- * finds them. */
+/* Ask for a part of what the batch from n0 on will convert, block `part` of this one: the entries
+ * of one g are a few lines, and those of the next lie in another page, so that no prefetcher of the
+ * CPU's finds them. */
 INLINE void prefetch_params(const int4q_args *a, const block_params *params, int64_t n0,
                             int64_t part) {
     const range groups = share(a->K / a->group, part, params->blocks);
