@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _KEEP: Any = object()
 FLAT_BUFFERS = (
     "One flat buffer for all parameters cannot hold 4-bit weights: leave them out of it, for "
-    "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names)"
+    "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names), "
+    "for fully_shard by ignored_params"
 )
 
 
