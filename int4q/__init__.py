@@ -8,6 +8,7 @@ from int4q._version import __version__
 from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations import dtensor as _dtensor  # noqa: F401  (what it adds to torch)
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
