@@ -39,7 +39,9 @@ class Ranks:
             self.start()
         for _, pipe in self.ranks:
             pipe.send((inspect.getfile(inspect.unwrap(check)), check.__name__, args))
-        done = [pipe.recv() if pipe.poll(TIMEOUT) else (False, "no answer") for _, pipe in self.ranks]
+        done = [
+            pipe.recv() if pipe.poll(TIMEOUT) else (False, "no answer") for _, pipe in self.ranks
+        ]
         failed = [f"rank {rank}: {what}" for rank, (ok, what) in enumerate(done) if not ok]
         if failed:  # the others may still wait for it
             self.stop()
@@ -52,7 +54,9 @@ class Ranks:
         store = tempfile.mktemp(prefix="store")
         for rank in range(self.world):
             mine, its = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self.world, store, its), daemon=True)
+            process = context.Process(
+                target=serve, args=(rank, self.world, store, its), daemon=True
+            )
             process.start()
             self.ranks.append((process, mine))
 

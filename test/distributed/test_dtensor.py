@@ -99,7 +99,11 @@ def product(layout, dim, N, bias):
     expected.backward(grad)
     on = {"device_mesh": mesh(), "src_data_rank": None}
     wd = distribute_tensor(w, placements=[Shard(dim)], **on)
-    bd = distribute_tensor(b, placements=[Shard(0) if dim == 0 else Replicate()], **on) if bias else None
+    bd = (
+        distribute_tensor(b, placements=[Shard(0) if dim == 0 else Replicate()], **on)
+        if bias
+        else None
+    )
     got = F.linear(DTensor.from_local(x2, mesh(), [Replicate()]), wd, bd)
     torch.testing.assert_close(got.full_tensor(), expected, **SUMS)
     got.backward(distribute_tensor(grad, placements=[Replicate()], **on))

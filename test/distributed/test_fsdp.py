@@ -116,7 +116,9 @@ def test_mixed_precision(two):
 def uneven(layout):
     m = model("plain" if layout is LAYOUTS[0] else "cuda_coalesced", N=62, dim=64)
     fully_shard(m)
-    with pytest.raises(ValueError, match=r"multiple of the 4 ranks, got \[62, 64\].*ignored_params"):
+    with pytest.raises(
+        ValueError, match=r"multiple of the 4 ranks, got \[62, 64\].*ignored_params"
+    ):
         m(torch.randn(4, 64))
 
 
