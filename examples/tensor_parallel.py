@@ -31,8 +31,8 @@ import int4q
 from int4q import Int4WeightOnlyConfig, quantize_
 
 ROUNDING = 2
-"""Times the error that sharding gives 16-bit weights (what o and down give is rounded to bfloat16 on
-every GPU before it is added, layer by layer): 4-bit weights must stay within."""
+"""Times the error that sharding gives 16-bit weights, the most that 4-bit ones may have: what o and
+down give is rounded to bfloat16 on every GPU before it is added, layer by layer."""
 REPLAYS = 20
 
 
