@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchao.utils import fill_defaults
 
 from int4q import errors
@@ -36,7 +36,7 @@ def in_logical_order(
     )
 
 
-# --- what DTensor pads shards with, and FSDP2 copies them into --------------------------------------
+# --- what DTensor pads shards with, and FSDP2 copies them into ------------------------------------
 
 
 @implements([aten.new_zeros.default, aten.new_empty.default])
@@ -93,14 +93,14 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, aliased(self))
 
 
-# --- collectives ------------------------------------------------------------------------------------
+# --- collectives ----------------------------------------------------------------------------------
 
 
 @implements([torch.ops.c10d.broadcast_.default, torch.ops.c10d.scatter_.default])
 def _(func, types, args, kwargs):
     """In place, part by part; done, or on CUDA queued on the current stream, on return."""
     leaves, spec = tree_flatten((args, kwargs))
-    weights = [x for x in leaves if isinstance(x, Tensor)]
+    weights: list[Any] = [x for x in leaves if isinstance(x, Tensor)]
     _check_alike(func, weights)
     for name in weights[0].data_tensors():
         parts = [getattr(x, name).contiguous() if isinstance(x, Tensor) else x for x in leaves]
@@ -113,7 +113,7 @@ def _(func, types, args, kwargs):
     return args[0], work
 
 
-def _check_alike(func: Any, weights: Sequence[Tensor]) -> None:
+def _check_alike(func: Any, weights: Sequence[Any]) -> None:
     first = weights[0]
     for t in weights:
         if type(t) is not type(first) or t.shape != first.shape or t.block_size != first.block_size:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from int4q import errors
-
-if TYPE_CHECKING:
-    from int4q.tensor.base import Int4TensorBase
+from int4q.tensor.parts import Part
 
 
 class GatheredByFSDP:
@@ -19,15 +19,21 @@ class GatheredByFSDP:
     and gradients are cast; the weight itself keeps its precision.
     """
 
+    if TYPE_CHECKING:  # what the class that has them brings
+        parts: ClassVar[dict[str, Part]]
+        block_size: list[int]
+        shape: torch.Size
+        _rebuild: Callable[..., Any]
+
     def fsdp_pre_all_gather(
-        self: Int4TensorBase,
+        self,
         mesh: Any,
         outer_size: Any,
         outer_stride: Any,
         module: Any,
         mp_policy: Any,
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """The parts of this rank's shard in logical order, and the shape of the whole weight.
+        """The parts of this rank's shard in storage order, and the shape of the whole weight.
 
         Raises:
             ValueError: on every rank, if the shards are not equal parts of the first dim.
@@ -40,21 +46,18 @@ class GatheredByFSDP:
                 "Keep it whole on every rank with fully_shard(..., ignored_params={weight})",
             )
         parts = [part.swap(getattr(self, name)) for name, part in self.parts.items()]
-        return tuple(p.movedim(-1, self.grouped_dim).contiguous() for p in parts), outer_size
+        return tuple(part.contiguous() for part in parts), outer_size
 
     def fsdp_post_all_gather(
-        self: Int4TensorBase,
+        self,
         all_gather_outputs: tuple[Tensor, ...],
         metadata: Any,
         param_dtype: Any,
         *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight as views of what was gathered; ``out``, made before, views it already."""
+        """The whole weight as views of what was gathered; ``out``, made before, is that already."""
         if out is not None:
             return None
-        grouped, outputs = self.grouped_dim, iter(all_gather_outputs)
-        whole = self._rebuild(
-            lambda c, unit: next(outputs).movedim(grouped, -1), metadata, self.block_size
-        )
-        return whole, ()
+        outputs = iter(all_gather_outputs)
+        return self._rebuild(lambda c, unit: next(outputs), metadata, self.block_size), ()

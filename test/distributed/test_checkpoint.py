@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint of 4-bit weights, read by other numbers of ranks; pipeline stages."""
+"""Distributed checkpoints of 4-bit weights, read by other numbers of ranks; pipeline stages."""
 
 import pytest
 import torch

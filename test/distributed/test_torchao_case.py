@@ -1,4 +1,4 @@
-"""torchao's tensor-parallel case on both layouts: its own code, on two CPU ranks in place of GPUs."""
+"""torchao's tensor-parallel case on both layouts: its own code, on CPU ranks in place of GPUs."""
 
 import inspect
 from types import SimpleNamespace
