@@ -9,6 +9,8 @@ from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.checkpoint import load_file, load_into_, save_file
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations import on_import
+from int4q.integrations.adopt import adopt
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -31,6 +33,7 @@ __all__ = [
     "KernelPreference",
     "Summary",
     "__version__",
+    "adopt",
     "calibrate",
     "evaluate",
     "kernel_preference",
@@ -46,3 +49,5 @@ __all__ = [
     "tune",
     "unprepare_",
 ]
+
+on_import.connect()

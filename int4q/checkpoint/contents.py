@@ -52,7 +52,7 @@ class Contents:
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
         try:
-            contents.entries.update(schema.entries(metadata))
+            contents._describe(schema.entries(metadata, contents.stored))
             schema.check(contents.entries.values(), specs(contents.stored))
             _check_ties(contents.tied, contents.entries)
         except ValueError as error:
@@ -73,6 +73,12 @@ class Contents:
         self.stored.update(stored)
         self.tied.update(seal.tied)
         self.crc32.update(seal.crc32)
+
+    def _describe(self, entries: dict[str, schema.Entry]) -> None:
+        """Take in what the metadata say, without the tied names whose tensors are not stored."""
+        for name, entry in entries.items():
+            if self.stored.keys() & entry.parts.values():
+                self.entries[name] = entry
 
     def read(self, name: str, device: torch.types.Device = "cpu", checksums: bool = True) -> Tensor:
         """The tensor of an entry on ``device``.

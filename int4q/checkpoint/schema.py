@@ -13,7 +13,8 @@ and every other tensor under its own name. The file's metadata, strings by name,
 
     ``model.up.weight``    JSON: ``_type`` (``Int4Tensor``), ``_data`` (``block_size``, ``shape``,
                            ``activation_dtype``), ``_tensor_data_names`` (the parts stored)
-    ``model.norm.weight``  JSON: ``{"_type": "Tensor"}``
+    ``model.norm.weight``  JSON: ``{"_type": "Tensor"}``; absent for a name without a dot, on which
+                           torchao's reader fails
     ``tensor_names``       JSON: the list of all names
     ``format``             ``pt``
     ``int4q``              JSON, optional and int4q's own: see ``seal.py``
@@ -94,7 +95,7 @@ def flatten(name: str, t: Tensor) -> tuple[dict[str, Tensor], str]:
             f"{type(t).__module__}.{type(t).__name__}",
             "int4q.adopt makes torchao's Int4Tensor int4q's" if type(t).__name__ == INT4 else "",
         )
-    return {name: t.detach()}, json.dumps({"_type": PLAIN})
+    return {name: t.detach()}, _text_of_plain()
 
 
 def metadata(entries: Mapping[str, str]) -> dict[str, str]:
@@ -105,6 +106,8 @@ def metadata(entries: Mapping[str, str]) -> dict[str, str]:
     """
     if taken := _OWN & entries.keys():
         raise errors.value("a tensor must not be named as the schema's own metadata", sorted(taken))
+    plain = _text_of_plain()
+    entries = {name: text for name, text in entries.items() if "." in name or text != plain}
     return {**entries, NAMES: json.dumps(list(entries)), "format": "pt"}
 
 
@@ -112,6 +115,10 @@ def stored_name(name: str, part: str) -> str:
     """``model.up.weight``, ``scale`` -> ``model.up._weight_scale``."""
     module, dot, parameter = name.rpartition(".")
     return f"{module}{dot}_{parameter}_{part}"
+
+
+def _text_of_plain() -> str:
+    return json.dumps({"_type": PLAIN})
 
 
 def _describe(t: Int4Tensor) -> str:
@@ -139,8 +146,12 @@ def is_schema(metadata: Mapping[str, str] | None) -> bool:
     return metadata is not None and NAMES in metadata
 
 
-def entries(metadata: Mapping[str, str]) -> dict[str, Entry]:
-    """The tensors that a checkpoint's metadata describe, by name.
+def entries(metadata: Mapping[str, str], stored: Iterable[str] = ()) -> dict[str, Entry]:
+    """The tensors of a checkpoint by name, as its metadata describe them.
+
+    Args:
+        stored: names of the tensors of all its files; of them come plain tensors without a dot in
+            their name.
 
     Raises:
         ValueError: the metadata are damaged, or describe another kind of quantised tensor.
@@ -152,7 +163,10 @@ def entries(metadata: Mapping[str, str]) -> dict[str, Entry]:
         raise errors.value(f"the metadata's {NAMES} must name each tensor once", "some twice")
     if unknown := metadata.keys() - _OWN - set(names):
         raise errors.value("the metadata must describe tensors that they name", sorted(unknown)[:5])
-    return {name: _entry(name, metadata.get(name)) for name in names}
+    found = {name: entry(name, metadata.get(name)) for name in names}
+    parts = {name for e in found.values() for name in e.parts.values()}
+    top = [name for name in stored if "." not in name and name not in parts]
+    return found | {name: Entry(name, {"": name}) for name in top}
 
 
 def check(entries: Iterable[Entry], stored: Mapping[str, Spec]) -> None:
@@ -167,14 +181,14 @@ def check(entries: Iterable[Entry], stored: Mapping[str, Spec]) -> None:
             its dtype or shape contradicts.
     """
     described = set()
-    for entry in entries:
-        for name in entry.parts.values():
+    for e in entries:
+        for name in e.parts.values():
             if name not in stored:
-                raise errors.value(f"{entry.name} must be stored as {name}", "no such tensor")
+                raise errors.value(f"{e.name} must be stored as {name}", "no such tensor")
             if name in described:
                 raise errors.value("a stored tensor must belong to one weight", f"{name} twice")
             described.add(name)
-        unflatten(entry, {part: _like(stored[name]) for part, name in entry.parts.items()})
+        unflatten(e, {part: _like(stored[name]) for part, name in e.parts.items()})
     if unknown := stored.keys() - described:
         raise errors.value("every stored tensor must be described", f"{min(unknown)!r}, unknown")
 
@@ -201,7 +215,8 @@ def _like(spec: Spec) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _entry(name: str, text: str | None) -> Entry:
+def entry(name: str, text: str | None) -> Entry:
+    """One tensor as its metadata ``text`` describe it; errors as :func:`entries`."""
     described = _parse(text, name)
     kind = described.get("_type") if isinstance(described, dict) else None
     if kind == PLAIN and described == {"_type": PLAIN}:

@@ -213,14 +213,14 @@ def test_a_folder_of_several_files(tmp_path):
 
 
 def test_files_of_two_checkpoints(tmp_path):
-    names = {"a": "1.safetensors", "b": "2.safetensors"}
+    names = {"m.a": "1.safetensors", "m.b": "2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     for name, file in names.items():
         save_file({name: torch.zeros(1)}, tmp_path / file)
     with pytest.raises(ValueError, match="2.safetensors: the files .* must have the same metadata"):
         load_file(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "2.safetensors")
-    with pytest.raises(ValueError, match="a tensor must be in one file, got a in two"):
+    save_file({"m.a": torch.zeros(1)}, tmp_path / "2.safetensors")
+    with pytest.raises(ValueError, match="a tensor must be in one file, got m.a in two"):
         load_file(tmp_path)
 
 

@@ -30,7 +30,7 @@ def specs(stored):
 
 
 def read(stored, header):
-    found = entries(header)
+    found = entries(header, stored)
     check(found.values(), specs(stored))
     return {
         name: unflatten(e, {part: stored[n] for part, n in e.parts.items()})
@@ -48,6 +48,7 @@ def state():
         "scaled.weight": scaled,
         "a.norm.weight": torch.randn(7).half(),
         "weight": weight((4, 32)),
+        "logit_scale": torch.tensor(2.0),
     }
 
 
@@ -57,7 +58,7 @@ def test_round_trip_copies_nothing():
     assert stored["a.b._weight_qdata"] is before["a.b.weight"].qdata
     assert set(stored) >= {"a.b._weight_scale", "a.b._weight_zero_point", "_weight_qdata"}
     after = read(stored, header)
-    assert list(after) == list(before)
+    assert list(after) == list(before) and "logit_scale" not in header
     for name, t in before.items():
         assert type(after[name]) is type(t) and torch.equal(after[name], t), name
     assert after["a.experts.up_proj"].block_size == [1, 32, 1]
@@ -72,7 +73,8 @@ def test_every_layout_is_stored_in_plain(layout):
 
 def test_torchao_writes_the_same_and_reads_it():
     support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
-    ours = {name: t for name, t in state().items() if "." in name}
+    ours = {name: t for name, t in state().items() if name != "weight"}
+    scale = ours.pop("logit_scale")  # torchao fails on names without a dot
     theirs = {
         name: t.to_torchao() if isinstance(t, Int4Tensor) and t.grouped_dim == t.ndim - 1 else t
         for name, t in ours.items()
@@ -85,6 +87,9 @@ def test_torchao_writes_the_same_and_reads_it():
     loaded, rest = support.unflatten_tensor_state_dict(stored, header)
     assert not rest and loaded.keys() == ours.keys()
     assert torch.equal(Int4Tensor.from_torchao(loaded["a.b.weight"]), ours["a.b.weight"])
+    stored, header = flattened({**ours, "logit_scale": scale})
+    _, rest = support.unflatten_tensor_state_dict(stored, header)
+    assert rest == {"logit_scale": scale}
 
 
 def test_what_cannot_be_stored():
@@ -151,8 +156,8 @@ def test_stored_tensors_must_fit_the_metadata():
         read(stored, header)
     with pytest.raises(ValueError, match="qdata must be int8"):
         read({**stored, "m._weight_qdata": qdata.view(torch.uint8)}, header)
-    with pytest.raises(ValueError, match="must be described, got 'x', unknown"):
-        read({**stored, "m._weight_qdata": qdata, "x": qdata}, header)
+    with pytest.raises(ValueError, match="must be described, got 'm.x', unknown"):
+        read({**stored, "m._weight_qdata": qdata, "m.x": qdata}, header)
     described = {"m.w": flatten("m.w", weight())[1], "m._w_qdata": flatten("x", qdata)[1]}
     stored = flatten("m.w", weight())[0]
     with pytest.raises(ValueError, match="belong to one weight, got m._w_qdata twice"):
