@@ -175,7 +175,7 @@ def test_safetensors_names_the_way(tmp_path, fmt):
         lambda: safetensors.save_model(m, path),
         lambda: safetensors.save_file(m.state_dict(), path),
     ):
-        with pytest.raises(TypeError, match=r"Save the model's state_dict\(\) with torch.save"):
+        with pytest.raises(TypeError, match=r"int4q.save_file, or call int4q.adopt\(model\)"):
             save()
 
 
