@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import FqnToConfig
 from torchao.utils import TorchAOBaseTensor
@@ -39,6 +40,7 @@ TAGS = ["int4q", "torchao", "4-bit"]
 class Int4Quantizer(TorchAoHfQuantizer):
     """transformers' quantizer for torchao's tensors, 4-bit ones as int4q's."""
 
+    shards: Shards
     derived = False
     """Whether the config was read from the weights (see :func:`declare`)."""
     _trainable = False
@@ -57,6 +59,7 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
+        self.shards = Shards(model, {name for name in self._described() if self._is_int4(name)})
         try:
             model.get_input_embeddings()
         except NotImplementedError:  # of several (CLIP's); each quantised weight is compared to it
@@ -64,8 +67,17 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop("get_input_embeddings", None)
+        if "shards" in self.__dict__:  # none was loaded by this quantizer otherwise
+            self.shards.finish()
         self.take(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _described(self) -> dict[str, str]:
+        """Name -> what the checkpoint's metadata says of it."""
+        return getattr(self, "metadata", None) or {}
+
+    def _is_int4(self, name: str) -> bool:
+        return f'"{schema.INT4}"' in self._described().get(name, "")
 
     def take(self, model: Any) -> None:
         """Note what the weights of a model are, once it has them."""
@@ -97,19 +109,19 @@ class _Deserialize(TorchAoDeserialize):  # type: ignore[misc]  # no types
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         name = kwargs["full_layer_name"]
-        described = getattr(self.hf_quantizer, "metadata", {}).get(name, "")
-        if f'"{schema.INT4}"' not in described:
+        if not self.hf_quantizer._is_int4(name):
             return super().convert(input_dict, **kwargs)
-        entry = schema.entry(name, described)
+        entry = schema.entry(name, self.hf_quantizer._described()[name])
         prefix = schema.stored_name(name.rpartition(".")[2], "")
         parts = {key.removeprefix(prefix): tensors[0] for key, tensors in input_dict.items()}
         if parts.keys() != entry.parts.keys():
             raise errors.value(f"{name} must have the parts {sorted(entry.parts)}", sorted(parts))
-        return {name: schema.unflatten(entry, parts)}
+        return {name: self.hf_quantizer.shards.cut(name, schema.unflatten(entry, parts))}
 
 
 def _saved(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict, offloaded weights from where they are, tied 4-bit ones once."""
+    """The state dict, whole: offloaded weights from where they are, shards from every rank; tied
+    4-bit ones once."""
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     state = model.state_dict()
@@ -117,6 +129,7 @@ def _saved(model: Any) -> Iterator[tuple[str, Tensor]]:
         source = state.get(model.all_tied_weights_keys.get(name))
         if isinstance(t, Int4TensorBase) and _share(t, source):
             continue
+        t = t.full_tensor() if isinstance(t, DTensor) else t
         yield name, load_offloaded_parameter(model, name) if t.is_meta else t
 
 

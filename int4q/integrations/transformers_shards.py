@@ -33,6 +33,8 @@ class _Place:
 
     def hold(self, t: Tensor) -> None:
         self.module._parameters[self.name] = nn.Parameter(t, requires_grad=False)
+        # To transformers: forward takes the local tensor, with gradients too.
+        self.module._hf_quantized_needs_local_tp = True
 
 
 class Shards:

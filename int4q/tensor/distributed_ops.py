@@ -99,7 +99,10 @@ def _(func, types, args, kwargs):
 @implements([torch.ops.c10d.broadcast_.default, torch.ops.c10d.scatter_.default])
 def _(func, types, args, kwargs):
     """In place, part by part; done, or on CUDA queued on the current stream, on return."""
-    leaves, spec = tree_flatten((args, kwargs))
+    # Asked for a collective that is not async, NCCL's group returns no work, which a null pointer
+    # stands for here: there is something to wait for, and to return, only if it is async.
+    at = [a.name for a in func._schema.arguments].index("async_op")
+    leaves, spec = tree_flatten(((*args[:at], True, *args[at + 1 :]), kwargs))
     weights: list[Any] = [x for x in leaves if isinstance(x, Tensor)]
     _check_alike(func, weights)
     for name in weights[0].data_tensors():
