@@ -30,6 +30,7 @@ from int4q import errors, quantize
 from int4q.checkpoint import schema
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import is_matrix
+from int4q.integrations.transformers_shards import Shards
 from int4q.tensor.base import Int4TensorBase
 
 _NO_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
@@ -223,7 +224,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, p in module._parameters.items():
         p = getattr(module, name) if p is None else p
         if p is not None:
-            yield name, p
+            yield name, p.to_local() if isinstance(p, DTensor) else p
 
 
 auto.AUTO_QUANTIZER_MAPPING["torchao"] = Int4Quantizer
