@@ -33,7 +33,7 @@ class GatheredByFSDP:
         module: Any,
         mp_policy: Any,
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """The parts of this rank's shard in storage order, and the shape of the whole weight.
+        """The parts of this rank's shard in storage order; of how many ranks, and the whole shape.
 
         Raises:
             ValueError: on every rank, if the shards are not equal parts of the first dim.
@@ -46,7 +46,7 @@ class GatheredByFSDP:
                 "Keep it whole on every rank with fully_shard(..., ignored_params={weight})",
             )
         parts = [part.swap(getattr(self, name)) for name, part in self.parts.items()]
-        return tuple(part.contiguous() for part in parts), outer_size
+        return tuple(part.contiguous() for part in parts), (mesh.size(), outer_size)
 
     def fsdp_post_all_gather(
         self,
@@ -54,10 +54,18 @@ class GatheredByFSDP:
         metadata: Any,
         param_dtype: Any,
         *,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight as views of what was gathered; ``out``, made before, is that already."""
+        out: Any = None,
+    ) -> tuple[Any, tuple[Tensor, ...]] | None:
+        """The whole weight as views of what was gathered; ``out``, made before, is that already.
+
+        On one rank, where torch hands on the first part only, it is the shard.
+        """
+        ranks, shape = metadata
         if out is not None:
+            if ranks == 1:
+                out.data = self
             return None
+        if ranks == 1:
+            return self, ()
         outputs = iter(all_gather_outputs)
-        return self._rebuild(lambda c, unit: next(outputs), metadata, self.block_size), ()
+        return self._rebuild(lambda c, unit: next(outputs), shape, self.block_size), ()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from int4q import Int4WeightOnlyConfig, quantize_
 
-two, four = group(2), group(4)
+one, two, four = group(1), group(2), group(4)
 FORMATS = ("plain", "cuda_coalesced")
 
 
@@ -94,8 +94,25 @@ def test_lora(two, fmt, reshard):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_lora_on_four(four, fmt):
+def test_lora_on_one_and_four(one, four, fmt):
+    one.run(trained, fmt, True)
     four.run(trained, fmt, True)
+
+
+def loaded(layout):
+    """A state dict loaded between two forwards is what the second one gathers."""
+    first, second = held(layout, (32, 64)), held(layout, (32, 64))
+    m = fully_shard(Holds(first))
+    assert torch.equal(m(), first)
+    m.load_state_dict({"weight": fully_shard(Holds(second)).weight})
+    assert torch.equal(m(), second)
+    m.load_state_dict({"weight": fully_shard(Holds(first)).weight}, assign=True)
+    assert torch.equal(m(), first)
+
+
+def test_load_state_dict(one, two, layout):
+    one.run(loaded, layout)
+    two.run(loaded, layout)
 
 
 def mixed(fmt):

@@ -125,7 +125,7 @@ def parallel(path, kind, fmt, stored, how, expected):
     [("llama", "tensor"), ("qwen3_moe", "tensor"), ("qwen3_moe", "experts"), ("mixtral", "tensor")],
 )
 def test_plans(two, checkpoints, kind, how, stored):
-    """Quantised on load and stored in 4 bits: bytes, logits, tokens, and saved again from shards."""
+    """Quantised on load and stored in 4 bits: bytes, logits, tokens, and saved from shards."""
     path, *expected = checkpoints(kind)
     two.run(parallel, path, kind, "plain", stored, how, expected)
 
