@@ -189,3 +189,30 @@ def test_parallelize_module(two, fmt, sequence):
 
 def test_parallelize_module_on_four(four):
     four.run(parallelized, "plain", True)
+
+
+# --- compiled graphs ------------------------------------------------------------------------------
+
+
+def keys():
+    """Weights of one logical shape that must not find each other's compiled graphs."""
+    plain, coalesced = LAYOUTS
+    w, at = torch.randn(64, 64), {"device_mesh": mesh(), "placements": [Shard(0)]}
+    weights = [
+        plain.from_hp(w, [1, 32]),
+        plain.from_hp(w, [1, 64]),
+        coalesced.from_hp(w, [1, 32]),
+        coalesced.from_hp(w, [1, 32], activation_dtype=torch.bfloat16),
+        plain.from_hp(w, [1, 32]).transpose(0, 1),
+    ]
+    hashes = [distribute_tensor(t, **at)._stable_hash_for_caching() for t in weights]
+    assert len(set(hashes)) == len(hashes)
+    again = distribute_tensor(weights[0], **at)._stable_hash_for_caching()
+    assert again == hashes[0]
+
+
+@pytest.mark.skipif(
+    not hasattr(DTensor, "_stable_hash_for_caching"), reason="this torch has no key of DTensor's"
+)
+def test_compiled_graphs_are_told_apart(two):
+    two.run(keys)
