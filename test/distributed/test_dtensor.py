@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYOUTS
 from ranks import group
 from torch import distributed as dist
 from torch import nn
