@@ -1,13 +1,22 @@
 """The compiled CPU kernels and the C++ core: optional; without compilers the rest installs."""
 
 import runpy
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 VERSION = runpy.run_path("int4q/_version.py")["__version__"]
-KERNELS = "int4q/kernels/cpu/int4_cpu.c"
-OPENMP = {"extra_compile_args": ["-O3", "-g0", "-fopenmp"], "extra_link_args": ["-fopenmp"]}
+SOURCES = "int4q/kernels/cpu/csrc"
+KERNELS = sorted(glob(f"{SOURCES}/*.c"))
+# Products and sums are fused where the kernels say so, and nowhere else.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
+BUILD = {
+    "depends": glob(f"{SOURCES}/*.h"),
+    "extra_compile_args": FLAGS,
+    "extra_link_args": ["-fopenmp"],
+    "optional": True,
+}
 
 
 class PlatformWheel(bdist_wheel):
@@ -31,9 +40,8 @@ def core() -> list[Extension]:
     return [
         Extension(
             "int4q.kernels.cpu._int4_core",
-            ["int4q/kernels/cpu/int4_core.cpp", KERNELS],
-            depends=["int4q/kernels/cpu/int4_cpu.h"],
-            include_dirs=include_paths(),
+            ["int4q/kernels/cpu/int4_core.cpp", *KERNELS],
+            include_dirs=[SOURCES, *include_paths()],
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=[
@@ -41,8 +49,7 @@ def core() -> list[Extension]:
                 ("INT4Q_VERSION", f'"{VERSION}"'),
             ],
             language="c++",
-            optional=True,
-            **OPENMP,
+            **BUILD,
         )
     ]
 
@@ -50,13 +57,7 @@ def core() -> list[Extension]:
 setup(
     cmdclass={"bdist_wheel": PlatformWheel},
     ext_modules=[
-        Extension(
-            "int4q.kernels.cpu._int4_cpu",
-            [KERNELS],
-            depends=["int4q/kernels/cpu/int4_cpu.h"],
-            optional=True,
-            **OPENMP,
-        ),
+        Extension("int4q.kernels.cpu._int4_cpu", KERNELS, **BUILD),
         *core(),
     ],
 )
