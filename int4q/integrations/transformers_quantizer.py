@@ -38,13 +38,41 @@ TAGS = ["int4q", "torchao", "4-bit"]
 """Of the model's card on the Hub."""
 
 
+class Int4Config(TorchAoConfig):  # type: ignore[misc]  # no types
+    """transformers' config of torchao, of a model that has int4q's weights."""
+
+    @classmethod
+    def of(cls, config: TorchAoConfig) -> TorchAoConfig:
+        """The same settings in this class."""
+        return cls(
+            config.quant_type,
+            config.modules_to_not_convert,
+            config.include_input_output_embeddings,
+            config.untie_embedding_weights,
+        )
+
+    def get_apply_tensor_subclass(self) -> Int4WeightOnlyConfig:
+        """What peft makes a linear layer 4-bit again with, once an adapter is merged into it."""
+        named = getattr(self.quant_type, "fqn_to_config", {"": self.quant_type})
+        sizes = [c.group_size for c in named.values() if hasattr(c, "group_size")]
+        return Int4WeightOnlyConfig(
+            group_size=sizes[-1], group_size_fallback=True, set_inductor_config=False
+        )
+
+
 class Int4Quantizer(TorchAoHfQuantizer):
     """transformers' quantizer for torchao's tensors, 4-bit ones as int4q's."""
 
-    shards: Shards
     derived = False
     """Whether the config was read from the weights (see :func:`declare`)."""
     _trainable = False
+    shards: Shards | None = None
+    """Of the model that is being loaded."""
+
+    def __init__(self, quantization_config: TorchAoConfig, **kwargs: Any):
+        if isinstance(quantization_config, Int4Config):  # of another model, to be applied to this
+            quantization_config = Int4Config.of.__func__(TorchAoConfig, quantization_config)
+        super().__init__(quantization_config, **kwargs)
 
     @property
     def is_trainable(self) -> bool:
@@ -60,7 +88,8 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
-        self.shards = Shards(model, {name for name in self._described() if self._is_int4(name)})
+        described = getattr(self, "metadata", {})
+        self.shards = Shards(model, {name for name in described if _is_int4(described[name])})
         try:
             model.get_input_embeddings()
         except NotImplementedError:  # of several (CLIP's); each quantised weight is compared to it
@@ -68,23 +97,15 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop("get_input_embeddings", None)
-        if "shards" in self.__dict__:  # none was loaded by this quantizer otherwise
+        if self.shards is not None:
             self.shards.finish()
-        self.take(model)
-        return super()._process_model_after_weight_loading(model, **kwargs)
-
-    def _described(self) -> dict[str, str]:
-        """Name -> what the checkpoint's metadata says of it."""
-        return getattr(self, "metadata", None) or {}
-
-    def _is_int4(self, name: str) -> bool:
-        return f'"{schema.INT4}"' in self._described().get(name, "")
-
-    def take(self, model: Any) -> None:
-        """Note what the weights of a model are, once it has them."""
+            self.shards = None
         self._trainable = _has_weights(model)
         if self._trainable:
+            self.quantization_config = Int4Config.of(self.quantization_config)
+            model.config.quantization_config = self.quantization_config
             model.add_model_tags(TAGS)
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """The plain tensors to save, and the metadata of each file.
@@ -110,14 +131,20 @@ class _Deserialize(TorchAoDeserialize):  # type: ignore[misc]  # no types
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         name = kwargs["full_layer_name"]
-        if not self.hf_quantizer._is_int4(name):
+        described = getattr(self.hf_quantizer, "metadata", {}).get(name, "")
+        if not _is_int4(described):
             return super().convert(input_dict, **kwargs)
-        entry = schema.entry(name, self.hf_quantizer._described()[name])
+        entry = schema.entry(name, described)
         prefix = schema.stored_name(name.rpartition(".")[2], "")
         parts = {key.removeprefix(prefix): tensors[0] for key, tensors in input_dict.items()}
         if parts.keys() != entry.parts.keys():
             raise errors.value(f"{name} must have the parts {sorted(entry.parts)}", sorted(parts))
         return {name: self.hf_quantizer.shards.cut(name, schema.unflatten(entry, parts))}
+
+
+def _is_int4(described: str) -> bool:
+    """Whether this is what a checkpoint's metadata says of a 4-bit weight."""
+    return f'"{schema.INT4}"' in described
 
 
 def _saved(model: Any) -> Iterator[tuple[str, Tensor]]:
