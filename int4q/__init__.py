@@ -9,6 +9,7 @@ from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.checkpoint import load_file, load_into_, save_file
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations import dtensor as _dtensor  # noqa: F401  (what it adds to torch)
 from int4q.integrations import on_import
 from int4q.integrations.adopt import adopt
 from int4q.kernels.registry import KernelPreference, kernel_preference
