@@ -8,6 +8,11 @@ from int4q._version import __version__
 from int4q.calibration import Calibration, CalibrationWarning, calibrate
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations.generation import (
+    GraphFallbackWarning,
+    cuda_graph_generate,
+    drop_cuda_graphs,
+)
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -24,6 +29,7 @@ __all__ = [
     "CpuPackedInt4Tensor",
     "CudaCoalescedInt4Tensor",
     "Evaluation",
+    "GraphFallbackWarning",
     "Int4SkipWarning",
     "Int4Tensor",
     "Int4WeightOnlyConfig",
@@ -31,6 +37,8 @@ __all__ = [
     "Summary",
     "__version__",
     "calibrate",
+    "cuda_graph_generate",
+    "drop_cuda_graphs",
     "evaluate",
     "kernel_preference",
     "moe_config",

@@ -31,6 +31,7 @@ class Eager:
     reason: str | None = None
 
     def __call__(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The result of ``forward``."""
         return forward()
 
 
@@ -48,6 +49,7 @@ class CapturedGraph:
         self._output: Tensor
 
     def __call__(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What ``forward`` gives, in the same memory from the second call on."""
         if self.reason or not self._is_warm:
             self._is_warm = True
             return forward()
@@ -182,8 +184,8 @@ def drop(model: nn.Module) -> None:
 def state_of(model: nn.Module) -> int:
     """A hash of all that a graph of the model's forward has in it besides the values of weights.
 
-    Where each tensor lies, and what its modules say of themselves in plain attributes (``training``,
-    the active adapter, ..): whatever of it changes, a graph captured before is of another model.
+    Where each tensor lies, and what its modules say of themselves in plain attributes
+    (``training``, the active adapter, ..): where any of it differs, so would a new graph.
     """
     modules = list(model.modules())
     configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}

@@ -114,9 +114,10 @@ def drop_cuda_graphs(model: Any) -> None:
 
 
 def _given(name: str) -> Any:
-    """An argument of the ``generate`` that calls ``cuda_graph_generate``, which it does not hand on.
+    """An argument of the ``generate`` that calls ``cuda_graph_generate``.
 
-    (transformers 5.23 gives a callable neither its streamer nor its assistant.)
+    transformers (5.23, and before) hands a callable neither its streamer nor its assistant: tokens
+    would not be streamed, and whoever waits for the end of the stream would wait for ever.
     """
     frame = inspect.currentframe()
     caller = frame.f_back.f_back if frame and frame.f_back else None
@@ -249,6 +250,7 @@ class StopNow:
         self.streamer = streamer
 
     def __call__(self, unfinished: Tensor, tokens: Tensor) -> bool:
+        """Whether to stop after ``tokens [B]``; ``unfinished [B]`` says which sequences go on."""
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
         return not unfinished.any()
@@ -280,6 +282,7 @@ class StopLater(StopNow):
         self._over = False
 
     def __call__(self, unfinished: Tensor, tokens: Tensor) -> bool:
+        """As :meth:`StopNow.__call__`, of the token before."""
         going_on, on_host, done = self._slots[self._count % 2]
         going_on.copy_(unfinished.any(), non_blocking=True)
         on_host.copy_(tokens, non_blocking=True)
