@@ -197,6 +197,8 @@ def _fact(item: tuple[str, Any]) -> Any:
     name, value = item
     if isinstance(value, _PLAIN):
         return name, value
+    if isinstance(value, nn.Module):  # (its own facts are among them)
+        return name
     if isinstance(value, Tensor):
         return name, _place(value)
     if isinstance(value, dict):

@@ -132,8 +132,8 @@ def _unsuited(
 ) -> str | None:
     """Why no graph of the model's forward can serve this call, or ``None``."""
     others = [n for n, v in model_kwargs.items() if v is not None and n not in _INPUTS]
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    if devices != {model.device} or model.device.type != "cuda":
+    devices = _devices(model)
+    if len(devices) > 1 or {d.type for d in devices} != {"cuda"}:
         return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one CUDA device"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder model"
@@ -152,6 +152,10 @@ def _unsuited(
         if any(not getattr(h, "__module__", "").startswith(_OWN_HOOKS) for h in hooks):
             return f"{name or 'the model'} has a forward hook, which a graph does not call"
     return None
+
+
+def _devices(model: Any) -> set[torch.device]:
+    return {t.device for t in (*model.parameters(), *model.buffers())}
 
 
 def _step(

@@ -33,7 +33,7 @@ class Fused:
     """
 
     layers: tuple[Any, ...] = ()
-    weight: Int4TensorBase | None = None
+    weight: Any = None
     """``[N of all layers, K]``; ``None`` while the layers' weights do not fit together."""
     parts: Parts
     is_open = False
@@ -60,7 +60,7 @@ class Fused:
         if reason_apart(self.layers):
             return
         self.rows = [w.shape[0] for w in weights]
-        weight = torch.cat(weights)
+        weight: Any = torch.cat(weights)
         for layer, w, rows in zip(self.layers, weights, weight.split(self.rows), strict=True):
             for name, part in rows.data_tensors().items():
                 setattr(w, name, part)
@@ -82,10 +82,11 @@ class Fused:
         """
         shares = self._shares
         if shares is None or shares[0] is not x or shares[1][i] is None:
-            w = self.parts if torch.compiler.is_compiling() else self.weight
+            w: Any = self.parts if torch.compiler.is_compiling() else self.weight
             y = linear_along_groups(x, w, self._bias())
             shares = x, list(y.split(self.rows, dim=-1))
-        share, shares[1][i] = shares[1][i], None
+        share: Any = shares[1][i]
+        shares[1][i] = None
         self._shares = None if all(s is None for s in shares[1]) else shares
         return share
 
@@ -177,7 +178,8 @@ def fuse(module: Any) -> dict[tuple[str, ...], str]:
         Names of layers that read the same activation and stay apart, with the reason.
     """
     apart, groups = {}, []
-    for names in calls_of_one_input(type(module)) if "forward" not in module.__dict__ else ():
+    cls: Any = type(module)
+    for names in calls_of_one_input(cls) if "forward" not in module.__dict__ else ():
         for run in _runs(module, names):
             layers = tuple(run.values())
             reason = "a layer is called elsewhere too" if _linked(layers) else reason_apart(layers)
@@ -186,7 +188,7 @@ def fuse(module: Any) -> dict[tuple[str, ...], str]:
             else:
                 apart[tuple(run)] = reason
     if groups:
-        module.__class__ = _fusing_class(type(module))
+        module.__class__ = _fusing_class(cls)
         module.__dict__[LINK] = groups
     return apart
 
