@@ -434,3 +434,22 @@ def test_a_transformers_model_is_saved_as_before(tmp_path):
     for layer, held in zip(weights(again), weights(m), strict=True):
         if isinstance(held, Int4Tensor):
             assert torch.equal(Int4Tensor.from_torchao(layer), held)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+@pytest.mark.parametrize("kind", ["plain", "coalesced int8"])
+def test_on_a_gpu(kind, products):
+    m, x = model(kind, bias=True), activation(1)
+    m.cuda()
+    with torch.no_grad():
+        for M in (1, 8, 200):
+            x = activation(M).cuda()
+            expected = unprepare_(m)["block"](x)
+            close(prepare_for_inference_(m, fuse=True)["block"](x), expected)
+        assert products == 3 * [160, 128, 64]
+        torch._dynamo.reset()
+        fast = torch.compile(m["block"], mode="reduce-overhead", fullgraph=True)
+        x = activation(1).cuda()
+        for _ in range(4):
+            close(fast(x), m["block"](x))

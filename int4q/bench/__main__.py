@@ -1,4 +1,4 @@
-"""``python -m int4q.bench [gpu|cpu|decode|experts|host|generate]``: measure; JSON, tables, plots."""
+"""``python -m int4q.bench WHAT``: measure this machine; JSON, tables and plots."""
 
 from __future__ import annotations
 
