@@ -219,6 +219,33 @@ def test_caches_that_count_on_the_host(monkeypatch):
         static_cache(m, 256)
 
 
+# --- a model quantised on load --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_transformers_compiles_a_prepared_model_as_any_other(tmp_path):
+    model().save_pretrained(tmp_path)
+    config = transformers.TorchAoConfig(
+        Int4WeightOnlyConfig(group_size=32, set_inductor_config=False)
+    )
+    m = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    ids, _ = prompts()
+    expected = own(m, ids)
+    int4q.prepare_for_inference_(m, fuse=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([type(t) for t in inputs if isinstance(t, torch.Tensor)])
+        return graph
+
+    compiled = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
+    compiled._compile_all_devices = True  # a CPU too
+    torch._dynamo.reset()
+    got = generate(m, ids, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(got, expected)
+    assert len(graphs) == 1 and set(graphs[0]) <= {torch.Tensor, torch.nn.Parameter}
+
+
 # --- what a graph depends on ----------------------------------------------------------------------
 
 
@@ -398,6 +425,7 @@ def test_a_returned_cache_is_not_written_again():
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication")
 def test_compiled_and_captured():
     m, (ids, mask) = model(device="cuda"), prompts("cuda")
     asked = dict(custom_generate=cuda_graph_generate, compile_forward=True)
