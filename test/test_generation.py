@@ -181,7 +181,8 @@ def unsuited(m, **kwargs):
     seen = []
 
     def custom(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        seen.append(generation._unsuited(model, generation_config, False, kwargs))
+        ids = torch.empty(0, device="meta")  # stands for a GPU
+        seen.append(generation._unsuited(model, ids, generation_config, False, kwargs))
         return input_ids
 
     generate(m, prompts(batch=1)[0], custom_generate=custom, **kwargs)
@@ -189,7 +190,8 @@ def unsuited(m, **kwargs):
 
 
 def test_reasons(monkeypatch):
-    monkeypatch.setattr(generation, "_devices", lambda model: {torch.device("cuda", 0)})
+    monkeypatch.setattr(generation, "_devices", lambda model: {torch.device("meta")})
+    monkeypatch.setattr(generation, "GRAPHS_ON", "meta")
     assert unsuited(model()) is None
     assert "hidden states" in unsuited(
         model(), output_hidden_states=True, return_dict_in_generate=True

@@ -54,9 +54,9 @@ class CapturedGraph:
             self._is_warm = True
             return forward()
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
                     self._output = forward()
             except RuntimeError as error:
                 self.reason = str(error).split("\n")[0]

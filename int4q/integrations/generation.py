@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
+GRAPHS_ON = "cuda"
 _MODES = ("greedy_search", "sample")
 _INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 """Of the arguments of a model, those that the loop knows to carry on from token to token."""
@@ -88,7 +89,7 @@ def cuda_graph_generate(
             "Leave custom_generate out",
         )
     request = logits_processor, stopping_criteria, generation_config
-    reason = _unsuited(model, generation_config, synced_gpus, model_kwargs)
+    reason = _unsuited(model, input_ids, generation_config, synced_gpus, model_kwargs)
     if reason is None:
         try:
             key, step = _step(model, input_ids, generation_config, model_kwargs, compile_forward)
@@ -100,7 +101,8 @@ def cuda_graph_generate(
             model, input_ids, *request, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
     had = step.runner.reason
-    result = decode(model, step, input_ids, *request, streamer, model_kwargs)
+    with torch.cuda.device(input_ids.device):
+        result = decode(model, step, input_ids, *request, streamer, model_kwargs)
     if not generation_config.return_dict_in_generate:  # (then its cache is the caller's)
         decode_step.keep(model, key, step)
     if step.runner.reason not in (None, had):
@@ -128,13 +130,16 @@ def _given(name: str) -> Any:
 
 
 def _unsuited(
-    model: Any, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
-) -> str | None:
+    model: Any, input_ids: Tensor, config: GenerationConfig, synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> str | None:  # fmt: skip
     """Why no graph of the model's forward can serve this call, or ``None``."""
     others = [n for n, v in model_kwargs.items() if v is not None and n not in _INPUTS]
     devices = _devices(model)
-    if len(devices) > 1 or {d.type for d in devices} != {"cuda"}:
+    if len(devices) > 1 or {d.type for d in devices} != {GRAPHS_ON}:
         return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one CUDA device"
+    if {input_ids.device} != devices:
+        return f"the token ids are on {input_ids.device}"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder model"
     if synced_gpus or (getattr(model, "_tp_size", None) or 1) > 1:
