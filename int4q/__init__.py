@@ -17,6 +17,7 @@ from int4q.integrations.generation import (
     cuda_graph_generate,
     drop_cuda_graphs,
 )
+from int4q.integrations.load import load
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -46,6 +47,7 @@ __all__ = [
     "drop_cuda_graphs",
     "evaluate",
     "kernel_preference",
+    "load",
     "load_file",
     "load_into_",
     "moe_config",

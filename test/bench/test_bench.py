@@ -132,9 +132,9 @@ def test_peers_say_what_is_missing_and_shapes_have_names():
 
 
 def test_the_command_knows_its_version(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith("int4q 0.")
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("int4q 0.")
+
 
 
 def test_experts_table_holds_times_and_ratios():
