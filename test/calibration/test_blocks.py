@@ -184,7 +184,7 @@ def test_what_it_is_not_for(tmp_path):
 @pytest.mark.gpu
 def test_blocks_run_elsewhere_one_at_a_time():
     width, depth = 1024, 8
-    blocks = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(depth))
 
     class Chain(nn.Module):
         def __init__(self):
