@@ -9,19 +9,9 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
-NEEDS = {
-    "checkpoint": "transformers",
-    "generate": "transformers",
-    "moe": "transformers",
-    "tune": "triton",
-}
-SLOW = (
-    "checkpoint",
-    "compile",
-    "generate",
-    "moe",
-    "tune",
-)  # inductor, transformers, the interpreter
+NEEDS = dict.fromkeys(("checkpoint", "generate", "moe"), "transformers") | {"tune": "triton"}
+# Inductor, FSDP2, transformers, the interpreter.
+SLOW = ("checkpoint", "compile", "distributed", "generate", "moe", "tune")
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import FqnToConfig
 from torchao.utils import TorchAOBaseTensor
@@ -29,6 +30,7 @@ from int4q import errors, quantize
 from int4q.checkpoint import schema
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import is_matrix
+from int4q.integrations.transformers_shards import Shards
 from int4q.tensor.base import Int4TensorBase
 
 _NO_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
@@ -64,6 +66,8 @@ class Int4Quantizer(TorchAoHfQuantizer):
     derived = False
     """Whether the config was read from the weights (see :func:`declare`)."""
     _trainable = False
+    shards: Shards | None = None
+    """Of the model that is being loaded."""
 
     def __init__(self, quantization_config: TorchAoConfig, **kwargs: Any):
         if isinstance(quantization_config, Int4Config):  # of another model, to be applied to this
@@ -84,6 +88,8 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
+        described = getattr(self, "metadata", {})
+        self.shards = Shards(model, {name for name in described if _is_int4(described[name])})
         try:
             model.get_input_embeddings()
         except NotImplementedError:  # of several (CLIP's); each quantised weight is compared to it
@@ -91,6 +97,9 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop("get_input_embeddings", None)
+        if self.shards is not None:
+            self.shards.finish()
+            self.shards = None
         self._trainable = _has_weights(model)
         if self._trainable:
             self.quantization_config = Int4Config.of(self.quantization_config)
@@ -123,18 +132,24 @@ class _Deserialize(TorchAoDeserialize):  # type: ignore[misc]  # no types
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         name = kwargs["full_layer_name"]
         described = getattr(self.hf_quantizer, "metadata", {}).get(name, "")
-        if f'"{schema.INT4}"' not in described:
+        if not _is_int4(described):
             return super().convert(input_dict, **kwargs)
         entry = schema.entry(name, described)
         prefix = schema.stored_name(name.rpartition(".")[2], "")
         parts = {key.removeprefix(prefix): tensors[0] for key, tensors in input_dict.items()}
         if parts.keys() != entry.parts.keys():
             raise errors.value(f"{name} must have the parts {sorted(entry.parts)}", sorted(parts))
-        return {name: schema.unflatten(entry, parts)}
+        return {name: self.hf_quantizer.shards.cut(name, schema.unflatten(entry, parts))}
+
+
+def _is_int4(described: str) -> bool:
+    """Whether this is what a checkpoint's metadata says of a 4-bit weight."""
+    return f'"{schema.INT4}"' in described
 
 
 def _saved(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict, offloaded weights from where they are, tied 4-bit ones once."""
+    """The state dict, whole: offloaded weights from where they are, shards from every rank; tied
+    4-bit ones once."""
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     state = model.state_dict()
@@ -142,6 +157,7 @@ def _saved(model: Any) -> Iterator[tuple[str, Tensor]]:
         source = state.get(model.all_tied_weights_keys.get(name))
         if isinstance(t, Int4TensorBase) and _share(t, source):
             continue
+        t = t.full_tensor() if isinstance(t, DTensor) else t
         yield name, load_offloaded_parameter(model, name) if t.is_meta else t
 
 
@@ -235,7 +251,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, p in module._parameters.items():
         p = getattr(module, name) if p is None else p
         if p is not None:
-            yield name, p
+            yield name, p.to_local() if isinstance(p, DTensor) else p
 
 
 auto.AUTO_QUANTIZER_MAPPING["torchao"] = Int4Quantizer
