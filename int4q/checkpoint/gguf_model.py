@@ -117,7 +117,7 @@ class GGUFModel:
         kind = item.tensor.kind
         if not gguf.is_4bit(item.tensor):
             values = self.reordered(gguf.dequantized(item.tensor), item.tensor.name)
-            exact = torch.from_numpy(np.array(values, dtype=np.float32))
+            exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
             made = exact.to(self.dtype)
             how = EXACT if torch.equal(made.float(), exact) else f"rounded to {_short(self.dtype)}"
             return made, f"{kind}, {how}"
