@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.slow
 
 from checkpoints import llama, packed, qwen_moe  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
