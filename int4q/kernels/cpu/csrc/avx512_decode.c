@@ -5,7 +5,7 @@
 
 #include "avx512.h"
 
-/* Scales of a block: groups of 128 and more: [G][16 rows], one value for a whole register of weights.
+/* Scales of a block. Groups of 128 and more: [G][16 rows], one value for a register of weights.
  * Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of a unit. */
 
 INLINE TARGET_512 void zeros_by_group(const int4q_args *a, int64_t n0, int blocks,
@@ -317,15 +317,16 @@ static TARGET_512 void decode_blocks(const int4q_args *a, const all_x *x, range 
                      .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
-        const int at = (int)((block - blocks.begin) % MAX_BLOCKS);
+        const int64_t at = (block - blocks.begin) % params->blocks;
         if (at == 0) {
-            const int count = (int)min64(MAX_BLOCKS, blocks.end - block);
+            const int count = (int)min64(params->blocks, blocks.end - block);
             if (quads)
                 scales_by_quad(a, n0, count, units, params);
             else
                 scales_by_group(a, n0, count, groups, params);
             zeros_by_group(a, n0, count, groups, params);
         }
+        prefetch_params(a, params, n0 + (params->blocks - at) * ROWS, at);
         w.scales = params->scale + at * params->scale_size;
         w.zeros = params->zero + at * params->zero_size;
         for (int r = 0; r < ROWS; r++)

@@ -137,14 +137,44 @@ INLINE turned_x chunk_of(const all_x *x, int64_t chunk) {
 }
 
 /* Parameters of blocks of 16 rows, float: as an instruction set's products want the scales (no more
- * than scale_size of a block), zero points as [G][16 rows]. They are converted for several blocks at
- * a time, because the entries of another g may lie in another page. */
+ * than scale_size of a block), zero points as [G][16 rows]. They are converted for a batch of blocks
+ * at a time, because the entries of another g may lie in another page. */
 enum { MAX_BLOCKS = 16 };
 
 typedef struct {
     int64_t scale_size, zero_size; /* floats of a block */
-    float *scale, *zero;           /* [MAX_BLOCKS] blocks */
+    int64_t blocks;                /* of a batch, no more than MAX_BLOCKS */
+    float *scale, *zero;           /* [blocks] */
 } block_params;
+
+/* Blocks whose converted parameters fit in a second-level cache beside the weights. */
+INLINE int64_t blocks_of_batch(int64_t floats_of_block) {
+    enum { BATCH_FLOATS = 32 << 10 };
+    const int64_t blocks = min64(MAX_BLOCKS, BATCH_FLOATS / floats_of_block);
+    return blocks < 1 ? 1 : blocks;
+}
+
+INLINE void prefetch_entries(const void *p, int64_t size, int64_t stride_g, int64_t first,
+                             int64_t count, range groups) {
+    enum { LINE = 64 };
+    for (int64_t g = groups.begin; p && g < groups.end; g++)
+        for (int64_t i = 0; i < count * size; i += LINE)
+            __builtin_prefetch((const char *)p + (g * stride_g + first) * size + i, 0, 2);
+}
+
+/* Ask for a part of what the batch from n0 on will convert, block `part` of this one: the entries
+ * of one g are a few lines, and those of the next lie in another page, so that no prefetcher of the
+ * CPU's finds them. */
+INLINE void prefetch_params(const int4q_args *a, const block_params *params, int64_t n0,
+                            int64_t part) {
+    const range groups = share(a->K / a->group, part, params->blocks);
+    const int64_t count = min64(params->blocks * ROWS, a->N - n0);
+    const int64_t size = a->scale_kind == KIND_FP32 ? 4 : 2;
+    if (a->scale_stride_n == 1)
+        prefetch_entries(a->scale, size, a->scale_stride_g, n0, count, groups);
+    if (a->zero_stride_n == 1)
+        prefetch_entries(a->zero, size, a->zero_stride_g, n0, count, groups);
+}
 
 /* The functions of one instruction set. */
 typedef struct {

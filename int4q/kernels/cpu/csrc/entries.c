@@ -68,7 +68,8 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t units_size = t->units * t->M * unit_bytes(t->form);
     const int64_t sums_size = ceil_div(t->M * t->groups, 16) * 64;
     const int64_t scale_size = a->group < UNIT_K ? t->units * ROWS * 4 : t->groups * ROWS;
-    const int64_t zero_size = t->groups * ROWS, params_size = MAX_BLOCKS * (scale_size + zero_size);
+    const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
+    const int64_t batch = blocks_of_batch(block_size), params_size = batch * block_size;
     uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
     if (!memory) return INT4Q_NO_MEMORY;
     t->units_x = memory;
@@ -84,7 +85,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
         }
         BARRIER;
         float *mine = all_params + part * params_size;
-        const block_params params = {scale_size, zero_size, mine, mine + MAX_BLOCKS * scale_size};
+        const block_params params = {scale_size, zero_size, batch, mine, mine + batch * scale_size};
         kernels->decode_blocks(a, &x, share(blocks, part, parts), &params);
     }
     aligned_free(memory);

@@ -4,12 +4,12 @@
  *   SIMD       the function attribute that names the instruction set
  *   LANES      32-bit lanes of a register: 4 or 8
  *   floats, ints, bytes   registers; bytes16 is one of 16 bytes
- *   load_bytes, load_ints, load_floats, zero_ints, set_all (a float), spread (see row_scale), to_floats,
- *   add_ints, times_256, multiply, multiply_add (a * b + c), sum_of (lanes)
+ *   load_bytes, load_ints, load_floats, zero_ints, set_all (a float), spread (see row_scale),
+ *   to_floats, add_ints, times_256, multiply, multiply_add (a * b + c), sum_of (lanes)
  *   unpack_unsigned       u = q + 8 of the even and the odd k in a register of weights
  *   dot_bytes             acc + sums over the four bytes of a lane, unsigned ones times x
- *   load_bytes16, store_bytes16, unpack_nibbles, look_up (a table of 16 bytes), interleave (low, high bytes of two
- *   registers), interleave_pairs (of 16 bits)
+ *   load_bytes16, store_bytes16, unpack_nibbles, look_up (a table of 16 bytes), interleave (low,
+ *   high bytes of two registers), interleave_pairs (of 16 bits)
  *   half_to_float, float_to_half, load_halves (8 of them as floats)
  *   KERNELS, FEATURE      the name of the table of functions, and what the CPU must have
  *

@@ -175,14 +175,15 @@ static SIMD void decode_blocks(const int4q_args *a, const all_x *x, range blocks
                      .flip = a->offset_binary ? 0 : 0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
-        const int at = (int)((block - blocks.begin) % MAX_BLOCKS);
+        const int64_t at = (block - blocks.begin) % params->blocks;
         if (at == 0) {
-            const int count = (int)min64(MAX_BLOCKS, blocks.end - block);
+            const int count = (int)min64(params->blocks, blocks.end - block);
             convert_params(a, a->scale, a->scale_stride_g, a->scale_stride_n, n0, count, step,
                            steps, params->scale, params->scale_size);
             convert_params(a, a->zero, a->zero_stride_g, a->zero_stride_n, n0, count, a->group,
                            groups, params->zero, params->zero_size);
         }
+        prefetch_params(a, params, n0 + (params->blocks - at) * ROWS, at);
         w.scales = params->scale + at * params->scale_size;
         w.zeros = params->zero + at * params->zero_size;
         for (int r = 0; r < ROWS; r++)

@@ -1,4 +1,4 @@
-/* Part of simd.h. Elements of any kind as float, and x in the order and the numbers of the products. */
+/* Part of simd.h. Elements of any kind as float; x in the order and numbers of the products. */
 
 INLINE float of_bits(uint32_t bits) {
     float f;
