@@ -96,7 +96,7 @@ def cuda_graph_generate(
         except TypeError as error:
             reason = str(error)
     if reason is not None:
-        warnings.warn(f"no CUDA graph: {reason}", GraphFallbackWarning, stacklevel=2)
+        warnings.warn(f"no CUDA graph: {reason}", GraphFallbackWarning, stacklevel=4)
         return type(model)._sample(
             model, input_ids, *request, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
@@ -106,7 +106,7 @@ def cuda_graph_generate(
     if not generation_config.return_dict_in_generate:  # (then its cache is the caller's)
         decode_step.keep(model, key, step)
     if step.runner.reason not in (None, had):
-        warnings.warn(f"no CUDA graph: {step.runner.reason}", GraphFallbackWarning, stacklevel=2)
+        warnings.warn(f"no CUDA graph: {step.runner.reason}", GraphFallbackWarning, stacklevel=4)
     return result
 
 
