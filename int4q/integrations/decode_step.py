@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int4q.prepare.modules import HELD
+
 KEPT = 4
 """Steps kept a model: each has a cache of keys and values of its own."""
 _PLAIN = {bool, int, float, str, type(None)}
 _CONTAINERS = (dict, list, tuple, set)
-_NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"}
-"""What torch keeps in a module: hooks, with which no graph is captured, and children."""
+_NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"} | {HELD}
+"""Module attributes that say nothing more: children, hooks (with which no graph is captured), and
+weights whose parts are buffers too."""
 
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Step]] = weakref.WeakKeyDictionary()
 
