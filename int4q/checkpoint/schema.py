@@ -86,15 +86,16 @@ def flatten(name: str, t: Tensor) -> tuple[dict[str, Tensor], str]:
         t: a 4-bit weight of any layout (stored in plain) or a plain tensor.
 
     Returns:
-        Stored name -> plain tensor (the weight's own parts, not copied where its layout is plain),
-        and the JSON to be put under ``name`` in the metadata.
+        Stored name -> contiguous plain tensor (the weight's own parts, not copied where its layout
+        is plain and they are contiguous), and the JSON to be put under ``name`` in the metadata.
 
     Raises:
         TypeError: ``t`` is neither.
     """
     if isinstance(t, Int4TensorBase):
         plain = t.to_int4_tensor()
-        stored = {stored_name(name, part): p for part, p in plain.data_tensors().items()}
+        parts = plain.data_tensors()
+        stored = {stored_name(name, part): p.contiguous() for part, p in parts.items()}
         return stored, _describe(plain)
     if not isinstance(t, Tensor) or isinstance(t, (TorchAOBaseTensor, DTensor)):
         fixes = {INT4: "int4q.adopt makes torchao's Int4Tensor int4q's", "DTensor": _GATHER}
