@@ -1,5 +1,6 @@
 """The compiled CPU kernels and the C++ core: optional; without compilers the rest installs."""
 
+import glob
 import runpy
 
 from setuptools import Extension, setup
@@ -30,9 +31,9 @@ def core() -> list[Extension]:
         return []
     return [
         Extension(
-            "int4q.kernels.cpu._int4_core",
-            ["int4q/kernels/cpu/int4_core.cpp", KERNELS],
-            depends=["int4q/kernels/cpu/int4_cpu.h"],
+            "int4q.kernels.core._int4_core",
+            [*sorted(glob.glob("int4q/kernels/core/*.cpp")), KERNELS],
+            depends=[*glob.glob("int4q/kernels/core/*.h"), "int4q/kernels/cpu/int4_cpu.h"],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
