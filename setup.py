@@ -2,6 +2,7 @@
 
 import glob
 import runpy
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -9,6 +10,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 VERSION = runpy.run_path("int4q/_version.py")["__version__"]
 KERNELS = "int4q/kernels/cpu/int4_cpu.c"
 OPENMP = {"extra_compile_args": ["-O3", "-g0", "-fopenmp"], "extra_link_args": ["-fopenmp"]}
+# A compiler may come with a static C++ library only. That must stay private: where half of its
+# symbols are those of the shared one that torch has loaded, the first error message crashes.
+PRIVATE = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
 
 
 class PlatformWheel(bdist_wheel):
@@ -43,7 +47,8 @@ def core() -> list[Extension]:
             ],
             language="c++",
             optional=True,
-            **OPENMP,
+            extra_compile_args=[*OPENMP["extra_compile_args"], "-fvisibility=hidden"],
+            extra_link_args=[*OPENMP["extra_link_args"], *PRIVATE],
         )
     ]
 

@@ -87,7 +87,8 @@ class Operator(NamedTuple):
 
 
 OPERATORS = {
-    "linear": lambda out, *operands: torch.ops.aten.linear.out(*operands, out=out),
+    "mm": lambda out, a, b: torch.mm(a, b, out=out),
+    "addmm": lambda out, bias, a, b: torch.addmm(bias, a, b, out=out),
     "copy": lambda out, source: out.copy_(source),
 }
 """Those that a plan may hold, each with its result first."""
@@ -110,6 +111,7 @@ class Plan:
         context: its primary ``CUcontext``.
         outputs: what is returned: one tensor, or several as a tuple; may be none.
         scratch_bytes: memory that is free again after the call.
+        scratch_dtype: what it is allocated as.
         steps: in order, on the current stream.
     """
 
@@ -117,6 +119,7 @@ class Plan:
     context: int
     outputs: tuple[Output, ...]
     scratch_bytes: int
+    scratch_dtype: torch.dtype
     steps: tuple[Launch | Operator, ...]
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, ...] | None:
@@ -127,7 +130,8 @@ class Plan:
         memory = [*inputs, *made]
         if self.scratch_bytes:
             # From the caching allocator: streams never share it, and a graph keeps its own.
-            memory.append(torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device))
+            size = self.scratch_bytes // self.scratch_dtype.itemsize
+            memory.append(torch.empty(size, dtype=self.scratch_dtype, device=self.device))
         starts = [0 if tensor is None else tensor.data_ptr() for tensor in memory]
         if any(start & 15 for start in starts[len(inputs) :]):
             raise RuntimeError(
@@ -156,7 +160,9 @@ class Plan:
     def words(self) -> list[int]:
         """All of it as integers, in the order in which ``launcher.cpp`` reads them."""
         kind = {"cpu": 0, "cuda": 1}[self.device.type]
-        found = [self.context, kind, self.device.index or 0, self.scratch_bytes, len(self.outputs)]
+        scratch = self.scratch_bytes // self.scratch_dtype.itemsize
+        found = [self.context, kind, self.device.index or 0]
+        found += [*_sides(self.scratch_dtype, [scratch], [1]), len(self.outputs)]
         for output in self.outputs:
             found += _sides(*output)
         found.append(len(self.steps))
@@ -172,7 +178,7 @@ def run_now(step: Launch, index: int) -> None:
 
 
 def _sides(dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> list[int]:
-    return [_DTYPES[dtype], len(shape), *shape, *stride]
+    return [_DTYPES[dtype], dtype.itemsize, len(shape), *shape, *stride]
 
 
 def _launch_words(step: Launch) -> list[int]:

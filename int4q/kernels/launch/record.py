@@ -182,8 +182,10 @@ class Recorder(TorchDispatchMode):
         elif func in _COPY:
             self._allocated.append(result)
             self._operator("copy", result, args[0])
-        elif func is aten.linear.out:
-            self._operator("linear", result, *(a for a in args if a is not None))
+        elif func is aten.mm.out:
+            self._operator("mm", result, *args)
+        elif func is aten.addmm.out and len(args) == 3 and set(kwargs) == {"out"}:
+            self._operator("addmm", result, *args)
         elif not func.is_view and func not in _RENAME:
             self.fail(f"{func} is no part of a plan")
         return result
@@ -217,7 +219,8 @@ class Recorder(TorchDispatchMode):
             return None
         outputs = (Output(t.dtype, tuple(t.shape), t.stride()) for t in returned)
         context = driver.context(device.index or 0) if steps else 0
-        return Plan(device, context, tuple(outputs), scratch_bytes, tuple(steps))
+        scratch = scratch_bytes, _scratch_dtype(steps, len(self.inputs) + len(returned))
+        return Plan(device, context, tuple(outputs), *scratch, tuple(steps))
 
     def _places(self, returned: Sequence[Tensor]) -> tuple[list[tuple[int, int, Address]], int]:
         """``(start, end, address of the start)`` of all memory, and the size of the scratch."""
@@ -267,3 +270,9 @@ def _extent(tensor: Tensor) -> int:
         return 0
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * stride for size, stride in sides) + 1) * tensor.itemsize
+
+
+def _scratch_dtype(steps: Sequence[Launch | Operator], slot: int) -> torch.dtype:
+    """That of ATen's operands in the scratch memory: a view of the same dtype costs less."""
+    views = (view for step in steps if isinstance(step, Operator) for view in step.views)
+    return next((view.dtype for view in views if view.address.slot == slot), torch.uint8)

@@ -144,7 +144,10 @@ def dequantize(
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
     # (With ``out`` autocast stays out: the dtype of the result is that of x.)
-    torch.ops.aten.linear.out(x, w, None if bias is None else bias.to(x.dtype), out=out)
+    if bias is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, w.t(), out=out)
 
 
 @planned
