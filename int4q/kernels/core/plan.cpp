@@ -59,7 +59,7 @@ Launch::Launch(Words &words) : function(reinterpret_cast<void *>(words.next())) 
             places->emplace_back(words, parameters.size() * 8);
 }
 
-void Launch::run(const Memory &memory, Device, void *stream) const {
+void Launch::run(const Memory &memory, const Where &where) const {
     alignas(64) char bytes[MAX_PARAMETER_BYTES]; /* 64: tensor maps lie on it */
     std::memcpy(bytes, parameters.data(), parameters.size() * 8);
     for (const auto &place : pointers) {
@@ -74,8 +74,9 @@ void Launch::run(const Memory &memory, Device, void *stream) const {
     LaunchAttribute attribute{};
     attribute.id = PROGRAMMATIC_SERIALIZATION;
     attribute.value = 1;
-    const LaunchConfig config{{grid[0], grid[1], grid[2]}, {block, 1, 1}, shared_bytes, stream,
-                              &attribute, dependent ? 1u : 0u};
+    const LaunchConfig config{{grid[0], grid[1], grid[2]}, {block, 1, 1}, shared_bytes,
+                              where.stream, &attribute, dependent ? 1u : 0u};
+    const Context current(where.context); /* a product may leave another one */
     driver.check(driver.launch(&config, function, each, nullptr), "cuLaunchKernelEx");
 }
 
@@ -101,9 +102,9 @@ Operator::Operator(Words &words) : name(Name(words.count(COPY))) {
     if (views.size() != wanted[name]) throw std::runtime_error("int4q: an operand is missing");
 }
 
-void Operator::run(const Memory &memory, Device device, void *) const {
+void Operator::run(const Memory &memory, const Where &where) const {
     std::array<Handle, 4> t;
-    for (size_t i = 0; i < views.size(); i++) t[i] = views[i].in(memory, device);
+    for (size_t i = 0; i < views.size(); i++) t[i] = views[i].in(memory, where.device);
     switch (name) {
         case MM: return check(driver.mm(t[0].tensor, t[1].tensor, t[2].tensor));
         case ADDMM:
@@ -142,11 +143,10 @@ std::optional<std::vector<Handle>> Plan::run(Memory &memory) const {
             throw std::runtime_error("int4q: the allocator must align to 16 bytes at least");
     }
     if (!steps.empty()) {
-        void *stream;
-        check(driver.stream(device.index, &stream));
-        const Context current(context);
+        Where where{device, context, nullptr};
+        check(driver.stream(device.index, &where.stream));
         for (const auto &step : steps)
-            std::visit([&](const auto &s) { s.run(memory, device, stream); }, step);
+            std::visit([&](const auto &s) { s.run(memory, where); }, step);
     }
     made.resize(outputs.size());
     return made;

@@ -71,6 +71,11 @@ struct Memory {
     void add(AtenTensorHandle tensor); /* which may be none */
 };
 
+struct Where {
+    Device device;
+    void *context, *stream;
+};
+
 struct Sides {
     int32_t dtype;
     int64_t item_bytes;
@@ -105,7 +110,7 @@ struct Launch {
     std::vector<Place> pointers, maps;
 
     explicit Launch(Words &words);
-    void run(const Memory &memory, Device, void *stream) const;
+    void run(const Memory &memory, const Where &where) const;
 };
 
 struct View {
@@ -122,7 +127,7 @@ struct Operator {
     std::vector<View> views;
 
     explicit Operator(Words &words);
-    void run(const Memory &memory, Device device, void *) const;
+    void run(const Memory &memory, const Where &where) const;
 };
 
 struct Plan {

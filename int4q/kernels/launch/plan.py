@@ -145,10 +145,11 @@ class Plan:
     def _run(self, memory: Sequence[Tensor | None], starts: list[int]) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0)
         runners, lock = self._runners
-        with lock, driver.current(self.context):
+        with lock:
             for step in runners:
                 if isinstance(step, _Runner):
-                    step(starts, stream)
+                    with driver.current(self.context):  # a product may leave another one
+                        step(starts, stream)
                 else:
                     OPERATORS[step.name](*(_tensor(view, memory, starts) for view in step.views))
 

@@ -169,14 +169,17 @@ def resources(kernel) -> dict:
 
 def parameters(kernel, args) -> dict:
     """Bytes of every parameter, as the binary takes them and as a replay passes them."""
-    from int4q.kernels.launch.triton_launch import noted
+    import struct
 
-    launch = noted(kernel, (1,), args)
+    from int4q.kernels.launch.triton_launch import _parameters
+
+    sizes = {"pointer": 8, "map": 128}
+    passed = [sizes.get(kind) or struct.calcsize(kind) for kind, _ in _parameters(kernel, args)]
     entry = r"KPARAM_INFO\s.*\s.*Ordinal : 0x(\w+).*Size +: 0x(\w+)"
     taken = re.findall(entry, read_binary(kernel, "-elf"))
     taken = {int(place, 16): int(size, 16) for place, size in taken}
     return {
-        "passed": [*launch.offsets, len(launch.parameters)],
+        "passed": passed,
         "taken": [taken[place] for place in sorted(taken)],
     }
 
