@@ -47,7 +47,12 @@ def define(namespace: torch.library.Library, name: str, schema: str, run: Any, f
 
 def _on_gpu(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        return run(*args) if library.unavailable() else library.call(_twins[name], *args)
+        if library.unavailable():
+            return run(*args)
+        try:
+            return _twins[name](*args)
+        except RuntimeError as error:
+            raise library.cause(error) from None
 
     return kernel
 
@@ -66,7 +71,10 @@ def run(name: str, *args: Any) -> Any:
     """The op ``name`` on a GPU where :func:`dispatches_nothing`: its twin, or itself."""
     if library.unavailable():
         return getattr(torch.ops.int4q, name)(*args)
-    return library.call(_twins[name], *args)
+    try:
+        return _twins[name](*args)
+    except RuntimeError as error:
+        raise library.cause(error) from None
 
 
 def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:

@@ -9,6 +9,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <unordered_map>
 
@@ -192,17 +193,18 @@ void call(const Op &op, size_t number, StableIValue *stack, uint64_t n_outputs) 
     std::shared_ptr<const Plan> found;
     if (!table.find(key, found)) return plan(op, stack, n_outputs, &key);
     if (!found) return plan(op, stack, n_outputs, nullptr);
-    std::optional<std::vector<Handle>> made;
+    std::vector<Handle> made;
     try {
         made = found->run(memory);
+    } catch (const Refused &) { /* Python's way says why, as torch does */
+        return plan(op, stack, n_outputs, nullptr);
     } catch (...) {
         release(op, stack);
         throw;
     }
-    /* Memory ran out: Python's way says so as torch does. */
-    if (!made) return plan(op, stack, n_outputs, nullptr);
     release(op, stack);
-    for (size_t i = 0; i < made->size(); i++) stack[i] = torch::stable::detail::from((*made)[i].release());
+    for (size_t i = 0; i < made.size(); i++)
+        stack[i] = torch::stable::detail::from(made[i].release());
 }
 
 /* The dispatcher passes nothing that would tell ops apart, so each has a function of its own. */

@@ -97,7 +97,7 @@ def launcher(
 def planning(library: ctypes.CDLL, run: Callable[..., Any], arguments: str, outputs: int):
     """``run`` as the core calls it: what it does is noted, and its errors are kept for later.
 
-    An exception would lose its type and its text on the way through the core (:func:`call`).
+    An exception would lose its type and its text on the way through the core (:func:`cause`).
     """
 
     def planner(*args: Any) -> Any:
@@ -122,12 +122,7 @@ def planning(library: ctypes.CDLL, run: Callable[..., Any], arguments: str, outp
     return planner
 
 
-def call(op: Callable[..., Any], *args: Any) -> Any:
-    """``op(*args)``, an op that the core runs, with the exceptions of its planner."""
-    try:
-        return op(*args)
-    except RuntimeError:
-        error = _errors.__dict__.pop("last", None)
-        if error is None:
-            raise
-        raise error from None
+def cause(error: RuntimeError) -> Exception:
+    """What an op's planner raised, of an error that came through the core."""
+    raised: Exception = _errors.__dict__.pop("last", error)
+    return raised

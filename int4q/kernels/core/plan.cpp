@@ -37,9 +37,8 @@ Sides::Sides(Words &words) : dtype(int32_t(words.next())), item_bytes(words.next
 
 Handle Sides::allocate(Device device) const {
     Handle out;
-    if (aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), stride.data(), dtype,
-                                 device.type, device.index, &out.tensor))
-        out.tensor = nullptr;
+    check(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), stride.data(), dtype,
+                                   device.type, device.index, &out.tensor));
     return out;
 }
 
@@ -130,14 +129,13 @@ Plan::Plan(Words &words)
     if (scratch.shape.size() != 1 || words.at != words.end) throw std::runtime_error("int4q: a plan is too long");
 }
 
-std::optional<std::vector<Handle>> Plan::run(Memory &memory) const {
+std::vector<Handle> Plan::run(Memory &memory) const {
     std::vector<Handle> made;
     made.reserve(outputs.size() + 1);
     for (const auto &output : outputs) made.push_back(output.allocate(device));
     /* From the caching allocator: streams never share it, and a graph keeps its own. */
     if (scratch.shape[0]) made.push_back(scratch.allocate(device));
     for (const auto &one : made) {
-        if (!one.tensor) return std::nullopt;
         memory.add(one.tensor);
         if (reinterpret_cast<uintptr_t>(memory.starts[memory.size - 1]) % ALIGN)
             throw std::runtime_error("int4q: the allocator must align to 16 bytes at least");

@@ -7,7 +7,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,8 +19,13 @@ namespace int4q {
 
 constexpr size_t MAX_SLOTS = 16;
 
+/* Torch did not do what it was asked for; mostly, memory ran out. */
+struct Refused : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 inline void check(AOTITorchError error) {
-    if (error) throw std::runtime_error("int4q: torch refused a step of a plan");
+    if (error) throw Refused("int4q: torch refused a step of a plan");
 }
 
 struct Words { /* what Plan.words() of plan.py gives */
@@ -82,7 +86,6 @@ struct Sides {
     std::vector<int64_t> shape, stride;
 
     explicit Sides(Words &words);
-    /* New memory; nothing where there is none left. */
     Handle allocate(Device device) const;
 };
 
@@ -138,8 +141,8 @@ struct Plan {
     std::vector<std::variant<Launch, Operator>> steps;
 
     explicit Plan(Words &words);
-    /* The results, or none where memory ran out; `memory` holds the inputs. */
-    std::optional<std::vector<Handle>> run(Memory &memory) const;
+    /* The results; `memory` holds the inputs. */
+    std::vector<Handle> run(Memory &memory) const;
 };
 
 }  // namespace int4q

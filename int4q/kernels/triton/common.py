@@ -21,9 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from int4q.kernels.launch import record
 from int4q.kernels.launch.triton_launch import INTERPRET
-from int4q.kernels.triton import tuned
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_DTYPE = {
@@ -52,7 +50,6 @@ def _repair_interpreter() -> None:
 if INTERPRET:
     _repair_interpreter()
 
-tuned.on_change(record.clear)  # a plan was built with the tiles of its time
 
 
 # --- why a problem cannot run -----------------------------------------------------------------

@@ -236,6 +236,7 @@ class Net(nn.Module):
         return torch.relu(self.linear(x))
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # graph trees, on purpose
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("layout", [Int4Tensor, CudaCoalescedInt4Tensor])
@@ -249,7 +250,7 @@ def test_a_compiled_graph_calls_the_twin(layout, prepared, mode):
         y, code = run_and_get_code(run, x_of(4, 0))
         assert "int4q.cuda_int4_" in "".join(code)
         for seed in (0, 1, 2):
-            assert torch.equal(run(x_of(4, seed)), net(x_of(4, seed)))
+            assert torch.equal(run(x_of(4, seed)).clone(), net(x_of(4, seed)))
 
 
 def test_autocast_and_gradients():
@@ -258,13 +259,9 @@ def test_autocast_and_gradients():
         for _ in range(2):
             assert torch.equal(net(x), net(x.to(BF16)))
     x = x_of(4, 0).requires_grad_()
-    net(x).sum().backward()
-    exact = torch.relu(
-        F.linear(x.detach().float(), net.linear.weight.dequantize(torch.float32))
-        + net.linear.bias.float()
-    )
-    grad = (exact > 0).float() @ net.linear.weight.dequantize(torch.float32)
-    assert ((x.grad - grad).norm() / grad.norm()).item() < 0.02
+    net.linear(x).sum().backward()
+    exact = net.linear.weight.dequantize(torch.float32).sum(0).expand(4, K)
+    assert ((x.grad - exact).norm() / exact.norm()).item() < 0.01
 
 
 @pytest.mark.parametrize("M", [1, 8, 128])
