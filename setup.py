@@ -1,18 +1,27 @@
 """The compiled CPU kernels and the C++ core: optional; without compilers the rest installs."""
 
-import glob
 import runpy
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 VERSION = runpy.run_path("int4q/_version.py")["__version__"]
-KERNELS = "int4q/kernels/cpu/int4_cpu.c"
-OPENMP = {"extra_compile_args": ["-O3", "-g0", "-fopenmp"], "extra_link_args": ["-fopenmp"]}
+SOURCES = "int4q/kernels/cpu/csrc"
+CORE = "int4q/kernels/core"
+KERNELS = sorted(glob(f"{SOURCES}/*.c"))
+# Products and sums are fused where the kernels say so, and nowhere else.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
 # A compiler may come with a static C++ library only. That must stay private: where half of its
 # symbols are those of the shared one that torch has loaded, the first error message crashes.
 PRIVATE = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+BUILD = {
+    "depends": glob(f"{SOURCES}/*.h"),
+    "extra_compile_args": FLAGS,
+    "extra_link_args": ["-fopenmp", *PRIVATE],
+    "optional": True,
+}
 
 
 class PlatformWheel(bdist_wheel):
@@ -36,9 +45,8 @@ def core() -> list[Extension]:
     return [
         Extension(
             "int4q.kernels.core._int4_core",
-            [*sorted(glob.glob("int4q/kernels/core/*.cpp")), KERNELS],
-            depends=[*glob.glob("int4q/kernels/core/*.h"), "int4q/kernels/cpu/int4_cpu.h"],
-            include_dirs=include_paths(),
+            [*sorted(glob(f"{CORE}/*.cpp")), *KERNELS],
+            include_dirs=[SOURCES, *include_paths()],
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=[
@@ -46,9 +54,7 @@ def core() -> list[Extension]:
                 ("INT4Q_VERSION", f'"{VERSION}"'),
             ],
             language="c++",
-            optional=True,
-            extra_compile_args=[*OPENMP["extra_compile_args"], "-fvisibility=hidden"],
-            extra_link_args=[*OPENMP["extra_link_args"], *PRIVATE],
+            **{**BUILD, "depends": [*BUILD["depends"], *glob(f"{CORE}/*.h")]},
         )
     ]
 
@@ -56,13 +62,7 @@ def core() -> list[Extension]:
 setup(
     cmdclass={"bdist_wheel": PlatformWheel},
     ext_modules=[
-        Extension(
-            "int4q.kernels.cpu._int4_cpu",
-            [KERNELS],
-            depends=["int4q/kernels/cpu/int4_cpu.h"],
-            optional=True,
-            **OPENMP,
-        ),
+        Extension("int4q.kernels.cpu._int4_cpu", KERNELS, **BUILD),
         *core(),
     ],
 )

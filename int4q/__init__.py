@@ -6,8 +6,12 @@ quantize_(model, Int4WeightOnlyConfig(version=2))
 
 from int4q._version import __version__
 from int4q.calibration import Calibration, CalibrationWarning, calibrate
+from int4q.checkpoint import load_file, load_into_, save_file
 from int4q.config import Int4WeightOnlyConfig
 from int4q.evaluation import Evaluation, evaluate
+from int4q.integrations import dtensor as _dtensor  # noqa: F401  (what it adds to torch)
+from int4q.integrations import on_import
+from int4q.integrations.adopt import adopt
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -30,15 +34,21 @@ __all__ = [
     "KernelPreference",
     "Summary",
     "__version__",
+    "adopt",
     "calibrate",
     "evaluate",
     "kernel_preference",
+    "load_file",
+    "load_into_",
     "moe_config",
     "prepare_for_inference_",
     "quantize_",
+    "save_file",
     "summary",
     "to_coalesced_",
     "to_plain_",
     "tune",
     "unprepare_",
 ]
+
+on_import.connect()

@@ -14,7 +14,13 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 
 from int4q import errors, geometry
 from int4q.calibration import Calibration, apply
-from int4q.coverage import chosen_parameters, contracted_dim, is_sliced, reason_to_skip
+from int4q.coverage import (
+    chosen_parameters,
+    contracted_dim,
+    is_put_there,
+    is_sliced,
+    reason_to_skip,
+)
 from int4q.kernels import cpu
 from int4q.run import current_run, forget, full_name, say, skip
 from int4q.tensor import CpuPackedInt4Tensor, CudaCoalescedInt4Tensor, Int4Tensor
@@ -302,6 +308,8 @@ def _quantize_parameter(module: nn.Module, config: Int4WeightOnlyConfig, name: s
         group_size = fitting_group_size(config, K)
         if reason := reason or reason_to_skip(module, name, group_size, dim):
             skip(module, name, reason)
+            if is_put_there(module, name):  # and must not be lost to the state dict
+                setattr(module, name, nn.Parameter(w.detach(), requires_grad=False))
             return
         sliced, calibration = is_sliced(module, name), run.calibration if run else None
         full = full_name(module, name)

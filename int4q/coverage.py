@@ -122,12 +122,19 @@ def reason_to_skip(module: nn.Module, name: str, group_size: int, dim: int = -1)
 
 def reason_computed(module: nn.Module, name: str) -> str | None:
     """Why a weight that is no parameter of its own cannot be quantised, or ``None``."""
-    if name in module._parameters:
+    if name in module._parameters or is_put_there(module, name):
         return None
     return (
         "computed from other parameters (a parametrization, weight_norm, spectral_norm, pruning); "
         "make it permanent first"
     )
+
+
+def is_put_there(module: nn.Module, name: str) -> bool:
+    """Whether a plain tensor stands where the parameter was, as peft leaves a merged weight; what
+    hooks compute before each call (weight_norm, pruning) stands there too, beside its sources."""
+    sources = any(source.startswith(f"{name}_") for source in module._parameters)
+    return name in module.__dict__ and not sources
 
 
 def is_source(module: nn.Module, name: str) -> bool:

@@ -97,7 +97,7 @@ def check_aligned_slice(start: int, end: int, step: int, group_size: int) -> Non
 
 
 def regroup(
-    shape: Sequence[int], new_shape: Sequence[int], grouped: int, group_size: int
+    shape: Sequence[int], new_shape: Sequence[int], grouped: int, group_size: int, fix: str = ""
 ) -> tuple[list[int], int]:
     """Check a ``view`` of ``shape`` as ``new_shape`` and find the grouped dim in it.
 
@@ -124,7 +124,7 @@ def regroup(
     raise errors.value(
         f"a view must keep the grouped dim {grouped} in whole groups of {group_size}",
         f"{errors.dims(shape)} -> {errors.dims(new_shape)}",
-        _DEQUANTIZE,
+        fix or _DEQUANTIZE,
     )
 
 

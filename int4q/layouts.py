@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from int4q import errors, prepare
 from int4q.tensor import CudaCoalescedInt4Tensor, Int4Tensor
 from int4q.tensor.base import Int4TensorBase
+
+T = TypeVar("T", bound=Tensor)
 
 
 def to_coalesced_(model: nn.Module, activation_dtype: torch.dtype | None = None) -> nn.Module:
@@ -64,13 +66,16 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
     if not isinstance(model, nn.Module):
         raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
     with prepare.as_given(model):
-        _convert_places(model, convert)
+        convert_weights(model, Int4TensorBase, convert)
     return model
 
 
-def _convert_places(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> None:
+def convert_weights(
+    model: nn.Module, kind: type[T], convert: Callable[[T], Int4TensorBase]
+) -> None:
+    """Put ``convert(weight)`` wherever a module holds a weight of a class; shared ones once."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for registry, name, t in _weights(model):
+    for registry, name, t in _weights(model, kind):
         places.setdefault(id(t), []).append((registry, name))
     for shared in places.values():
         registry, name = shared[0]
@@ -85,10 +90,10 @@ def _convert_places(model: nn.Module, convert: Callable[[Int4TensorBase], Int4Te
             registry[name] = new
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Int4TensorBase]]:
-    """Every place that holds a 4-bit weight: the module's own dictionary, the name, the weight."""
+def _weights(model: nn.Module, kind: type[T]) -> Iterator[tuple[dict[str, Any], str, T]]:
+    """Every place that holds such a weight: the module's own dictionary, the name, the weight."""
     for module in model.modules():
         for registry in (module._parameters, module._buffers):
             for name, t in registry.items():
-                if isinstance(t, Int4TensorBase):
+                if isinstance(t, kind):
                     yield registry, name, t

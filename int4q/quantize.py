@@ -31,6 +31,9 @@ from int4q.coverage import (
 )
 from int4q.run import Run, full_name, reasons, run_on, skip
 
+AFTERWARDS: list[Callable[[nn.Module], object]] = []
+"""Called with each model that :func:`quantize_` has been through; integrations add to it."""
+
 
 def quantize_(
     model: nn.Module,
@@ -86,6 +89,8 @@ def quantize_(
             if isinstance(config, FqnToConfig):
                 _report_unnamed(model, config)
         run.warn()
+    for call in AFTERWARDS:
+        call(model)
 
 
 def _configs(config: AOBaseConfig) -> list[AOBaseConfig | None]:

@@ -10,7 +10,8 @@ import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
 NEEDS = {"generate": "transformers", "moe": "transformers", "tune": "triton"}
-SLOW = ("compile", "generate", "moe", "tune")  # inductor, transformers, the interpreter
+# Inductor, FSDP2, transformers, the interpreter.
+SLOW = ("compile", "distributed", "generate", "moe", "tune")
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 

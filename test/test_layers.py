@@ -9,8 +9,8 @@ ROOT = Path(int4q.__file__).parent
 # Each entry may import from those above it, and from itself.
 ORDER = ["_version", "errors", "geometry", "packing", "qparams", "gptq", "kernels", "ops",
          "tensor", "q4gsw", "coverage", "calibration", "run", "config", "quantize", "moe",
-         "prepare", "layouts", "report", "evaluation", "integrations", "bench", "tuning",
-         "cli"]  # fmt: skip
+         "prepare", "layouts", "report", "checkpoint", "evaluation", "integrations", "bench",
+         "tuning", "cli"]  # fmt: skip
 KERNELS_TOP = "table"  # in kernels/, only the table of kernels imports the kernels
 
 

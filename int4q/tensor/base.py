@@ -20,6 +20,7 @@ from int4q.kernels import reference
 from int4q.kernels.weight import Weight
 from int4q.ops import SCALE_DTYPES
 from int4q.ops.define import kernel
+from int4q.tensor.fsdp import GatheredByFSDP
 from int4q.tensor.parts import ActPreScale, Part, check_parts
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 _KEEP: Any = object()
 FLAT_BUFFERS = (
     "One flat buffer for all parameters cannot hold 4-bit weights: leave them out of it, for "
-    "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names)"
+    "DistributedDataParallel by _set_params_and_buffers_to_ignore_for_model(module, names), "
+    "for fully_shard by ignored_params"
 )
 
 
@@ -41,7 +43,7 @@ class _OneTensorIsAParameter(type(TorchAOBaseTensor)):  # type: ignore[misc]  # 
         return super().__call__(*args, **kwargs)
 
 
-class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
+class Int4TensorBase(GatheredByFSDP, TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
     """A 4-bit weight in some layout. Not made directly: see :class:`int4q.Int4Tensor`.
 
     The wrapper reports the logical shape, the dtype of its scales, and contiguous strides
@@ -140,6 +142,11 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            # Composite ops arrive whole in inference mode, and from DTensor, below autograd.
+            out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if torch.is_inference_mode_enabled():
             return _dispatch_in_inference_mode(cls, func, types, args, kwargs)
         return cls._handler(func)(func, types, args, kwargs)
@@ -266,15 +273,8 @@ class Int4TensorBase(TorchAOBaseTensor, metaclass=_OneTensorIsAParameter):
 def _dispatch_in_inference_mode(
     cls: type[Int4TensorBase], func: Any, types: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """What ``torch.inference_mode`` asks of a subclass beyond its ops.
-
-    Composite ops arrive whole, to be taken apart here; and a view of a tensor made outside must
-    be no inference tensor, or autograd's bookkeeping of views refuses it.
-    """
-    if func not in cls._ATEN_OP_TABLE[cls]:
-        out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
+    """What ``torch.inference_mode`` asks of a subclass beyond its ops: a view of a tensor made
+    outside must be no inference tensor, or autograd's bookkeeping of views refuses it."""
     outside = func.is_view and isinstance(args[0], Tensor) and not args[0].is_inference()
     with torch.inference_mode(not outside):
         return cls._handler(func)(func, types, args, kwargs)

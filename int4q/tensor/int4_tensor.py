@@ -11,6 +11,8 @@ from torch import Tensor
 from int4q import errors, qparams
 from int4q.ops import linear_parts
 from int4q.tensor import (  # noqa: F401  (registered before the subclasses)
+    arithmetic_ops,
+    distributed_ops,
     matmul_ops,
     shape_ops,
     state_ops,

@@ -266,6 +266,8 @@ def _addmv(input, mat, vec, *, beta=1, alpha=1):
 
 @overrides(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    if not isinstance(batch1, Int4TensorBase) and not isinstance(batch2, Int4TensorBase):
+        return torch.baddbmm(input.dequantize(), batch1, batch2, beta=beta, alpha=alpha)
     return added(input, bmm(batch1, batch2), beta, alpha)
 
 

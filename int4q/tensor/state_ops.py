@@ -151,5 +151,5 @@ def _storage(self):
     raise errors.type_(
         "safetensors saves tensors that have one storage each",
         f"{type(self).__name__}, which holds {list(self.data_tensors())}",
-        "Save the model's state_dict() with torch.save",
+        "Save the model with int4q.save_file, or call int4q.adopt(model) before save_pretrained",
     )

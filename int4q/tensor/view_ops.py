@@ -64,7 +64,8 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False) -> In
         ValueError: the shape would mix groups, or a view would have to copy.
     """
     grouped, group_size = self.grouped_dim, self.group_size
-    size, new_grouped = geometry.regroup(self.shape, size, grouped, group_size)
+    fix = FLAT_BUFFERS if len(size) == 1 else ""
+    size, new_grouped = geometry.regroup(self.shape, size, grouped, group_size, fix)
     block_size = [1] * len(size)
     block_size[new_grouped] = group_size
     act_pre_scale = self.act_pre_scale
@@ -72,6 +73,7 @@ def view(self: Int4TensorBase, size: Sequence[int], reshape: bool = False) -> In
         raise errors.value(
             "a weight with act_pre_scale must keep its in features in one dim",
             f"{errors.dims(self.shape)} -> {errors.dims(size)}",
+            fix,
         )
 
     def regrouped(c: Tensor, unit: int, copy: bool) -> Tensor:

@@ -158,8 +158,10 @@ def test_a_flat_vector_of_parameters(layout):
 
 def test_a_collective_says_so(group, layout):
     t = layout.from_hp(torch.randn(48, 64), [1, 32])
-    with pytest.raises(NotImplementedError, match=f"c10d.broadcast_.* {layout.__name__}.*flat"):
-        torch.distributed.broadcast(t, 0)
+    with pytest.raises(NotImplementedError, match=f"c10d.allreduce_.* {layout.__name__}.*flat"):
+        torch.distributed.all_reduce(t)
+    with pytest.raises(ValueError, match=f"one layout, shape.*{layout.__name__}.*flat"):
+        torch.distributed.scatter(t, [t[:16]])
 
 
 # --- the libraries around -------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_safetensors_names_the_way(tmp_path, fmt):
         lambda: safetensors.save_model(m, path),
         lambda: safetensors.save_file(m.state_dict(), path),
     ):
-        with pytest.raises(TypeError, match=r"Save the model's state_dict\(\) with torch.save"):
+        with pytest.raises(TypeError, match=r"int4q.save_file, or call int4q.adopt\(model\)"):
             save()
 
 

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "../cpu/int4_cpu.h"
+#include "int4_cpu.h"
 
 namespace {
 
@@ -58,8 +58,8 @@ void check(const Tensor &x, const Weight &w, const Optional &bias, const Optiona
     STD_TORCH_CHECK(!int4q::preference.refuse_cpu,
                     "int4q::cpu_linear: no kernel for the preference in force runs "
                     "on a CPU. Leave kernel_preference, or ask for \"torch\"");
-    STD_TORCH_CHECK(int4q_cpu_features() & FEATURE_VNNI,
-                    "int4q::cpu_linear needs an x86-64 CPU with AVX-512 (F, BW, VL, VNNI)");
+    STD_TORCH_CHECK(int4q_cpu_features() & FEATURES_DECODE,
+                    "int4q::cpu_linear needs an x86-64 CPU with AVX2, or an Arm one");
     const int64_t g = w.group_size;
     STD_TORCH_CHECK(w.qdata.dim() == 2 && w.qdata.element_size() == 1,
                     "int4q::cpu_linear: qdata must be int8 or uint8 [N, K/2]");
@@ -149,19 +149,21 @@ Tensor aten_linear(const Tensor &x, const Tensor &w, const Optional &bias) {
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-/* What blocks are multiplied in: the wider of activation and scale; float32 for float16. */
+/* What blocks are multiplied in: the wider of activation and scale; float32 for what torch multiplies
+ * more slowly (blocked.py). */
 ScalarType product_dtype(const Tensor &x, const Weight &w, bool rounded) {
-    if (rounded) return x.scalar_type();
-    const bool bf16 = kind(x) == KIND_BF16 && kind(w.scale) == KIND_BF16;
-    return bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+    const bool bf16 = kind(x) == KIND_BF16 && (rounded || kind(w.scale) == KIND_BF16);
+    const bool fast = int4q_cpu_features() & (FEATURE_AVX512 | FEATURE_BF16);
+    return bf16 && fast ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
 /* x [M, K] times the weight, into out [M, N]. */
 void by_blocks(const Tensor &x, const Weight &w, const Optional &bias, bool rounded, Tensor out) {
     const NoGrad guard;
-    const ScalarType dtype = product_dtype(x, w, rounded);
-    const Tensor xc = torch::stable::to(x, dtype);
-    const Optional bc = bias ? Optional(torch::stable::to(*bias, dtype)) : std::nullopt;
+    const ScalarType product = product_dtype(x, w, rounded);
+    const ScalarType dtype = rounded ? x.scalar_type() : product;
+    const Tensor xc = torch::stable::to(x, product);
+    const Optional bc = bias ? Optional(torch::stable::to(*bias, product)) : std::nullopt;
     const int64_t N = w.N(), K = w.K(), step = std::max<int64_t>(1, BLOCK_ELEMENTS / K);
     const int64_t shape[2] = {std::min(step, N), K};
     Tensor buffer = empty_cpu(shape, 2, dtype);
@@ -179,7 +181,7 @@ void by_blocks(const Tensor &x, const Weight &w, const Optional &bias, bool roun
             part = torch::stable::narrow(all, 0, first, last - first);
         }
         Tensor to = torch::stable::narrow(out, 1, first, last - first);
-        torch::stable::copy_(to, aten_linear(xc, block, part));
+        torch::stable::copy_(to, aten_linear(xc, torch::stable::to(block, product), part));
     }
 }
 
@@ -255,7 +257,8 @@ Tensor cpu_linear(const Tensor &x_in, const Tensor &qdata, const Tensor &scale,
         return dims == 2 ? t : torch::stable::view(t, {a.M, columns});
     };
     const bool tiles = kind(x) == KIND_BF16 && a.M >= tiles_min_m && (a.features & FEATURE_AMX);
-    if (a.M > decode_max_m && !tiles) {
+    const bool few = a.M <= decode_max_m && (!rounded || (a.features & FEATURE_AVX512));
+    if (!few && !tiles) {
         by_blocks(matrix(x, a.K), w, bias, rounded, matrix(out, a.N));
         return out;
     }

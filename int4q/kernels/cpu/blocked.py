@@ -37,11 +37,11 @@ def _blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
             yield rows, reference.dequantize(part, dtype)
 
 
-def _product_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
-    """What blocks are multiplied in: float32 for float16, which torch multiplies up to a hundred
-    times as slowly on a CPU without float16 arithmetic."""
-    dtype = reference.compute_dtype(x, scale)
-    return torch.float32 if dtype == torch.float16 else dtype
+def _multiplied_in(dtype: torch.dtype) -> torch.dtype:
+    """Float32 for what torch multiplies more slowly on this CPU: float16 (up to a hundred times,
+    without float16 arithmetic), and bfloat16 where it is emulated."""
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not native.has_fast_bf16())
+    return torch.float32 if slow else dtype
 
 
 def linear(
@@ -51,12 +51,12 @@ def linear(
     act_pre_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`reference.linear`; blocks are dequantised to ``dtype``."""
-    dtype = dtype or _product_dtype(x, weight.scale)
-    xc = reference.pre_scaled(x, act_pre_scale).to(dtype)
+    """:func:`reference.linear`; weights are rounded to ``dtype``, where it is given."""
+    product = _multiplied_in(dtype or reference.compute_dtype(x, weight.scale))
+    xc = reference.pre_scaled(x, act_pre_scale).to(product)
     y = x.new_empty((x.shape[0], weight.N))
-    for rows, w in _blocks(weight, dtype):
-        y[:, rows] = F.linear(xc, w, None if bias is None else bias[rows].to(dtype))
+    for rows, w in _blocks(weight, dtype or product):
+        y[:, rows] = F.linear(xc, w.to(product), None if bias is None else bias[rows].to(product))
     return y
 
 
@@ -67,7 +67,7 @@ def linear_rounded(x: Tensor, weight: Weight) -> Tensor:
 
 def grad_input(grad: Tensor, weight: Weight) -> Tensor:
     """:func:`reference.grad_input`, summed over the blocks in float32."""
-    dtype = _product_dtype(grad, weight.scale)
+    dtype = _multiplied_in(reference.compute_dtype(grad, weight.scale))
     wide = torch.promote_types(dtype, torch.float32)
     total = grad.new_zeros((grad.shape[0], weight.K), dtype=wide)
     for rows, w in _blocks(weight, dtype):

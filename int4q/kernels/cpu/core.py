@@ -68,7 +68,7 @@ def linear(
     Returns:
         ``[.., N]`` in ``x.dtype``.
     """
-    limits = native.DECODE_MAX_M[x.dtype], native.TILES_MIN_M
+    limits = native.decode_max_m(x.dtype), native.TILES_MIN_M
     return _OP(x, *weight, bias, act_pre_scale, rounded, *limits)
 
 

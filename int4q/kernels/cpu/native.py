@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of ``int4_cpu.c``, loaded through ctypes.
+"""The compiled CPU kernels of ``csrc/`` (``int4_cpu.h`` says what they do), loaded through ctypes.
 
 They take the plain layout as it is stored, scales with any strides, so no packed copy of a weight
 is made. The library is optional: :func:`load` and :func:`unsupported`
@@ -20,12 +20,16 @@ from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
 DECODE_MAX_M = {torch.bfloat16: 16, torch.float16: 256, torch.float32: 128}
-"""Rows of ``x`` up to which the decode kernel beats dequantising blocks for torch's own product."""
+"""Rows of ``x`` up to which the decode kernel beats dequantising blocks for torch's own product,
+where both have AVX-512."""
+NARROW_DECODE_MAX_M = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
+"""The same for narrower registers: AVX2 and NEON."""
 TILES_MIN_M = 5
 """Rows of a bfloat16 ``x`` from which bf16 tiles are faster, where the CPU has them (AMX)."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_VNNI, _AMX, _BF16 = 1, 2, 4
+_AVX512, _AMX, _BF16, _AVX2, _AVX_VNNI, _NEON = 1, 2, 4, 8, 16, 32
+_DECODE = _AVX512 | _AVX2 | _NEON
 _ERRORS = {1: "this CPU lacks the instructions", 2: "out of memory"}
 _OUT_OF_RANGE = 3
 _RANGE = 2.0**121
@@ -44,7 +48,7 @@ class Product(enum.IntEnum):
 
 
 class _Args(ctypes.Structure):
-    """``int4q_args`` of the C file, field by field."""
+    """``int4q_args`` of ``int4_cpu.h``, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "qdata", "scale", "zero", "bias", "out")),
@@ -83,6 +87,19 @@ def _features() -> int:
     return 0 if lib is None else lib.int4q_cpu_features()
 
 
+def decode_max_m(dtype: torch.dtype) -> int:
+    """Rows of such an ``x`` up to which the decode kernel is faster than blocks on this CPU."""
+    return (DECODE_MAX_M if _features() & _AVX512 else NARROW_DECODE_MAX_M)[dtype]
+
+
+def has_fast_bf16() -> bool:
+    """Whether torch multiplies bfloat16 faster than float32 here.
+
+    It does not on an x86-64 CPU without AVX-512, where its bfloat16 takes five times as long.
+    """
+    return not _features() or bool(_features() & (_AVX512 | _BF16))
+
+
 def unsupported(problem: Problem, product: Product = Product.EXACT) -> str | None:
     """Why :func:`linear` cannot (or should not) run ``problem``, or ``None``."""
     if reason := unsupported_weight(problem):
@@ -92,9 +109,11 @@ def unsupported(problem: Problem, product: Product = Product.EXACT) -> str | Non
         return f"takes bfloat16, float16 and float32 activations, not {x_dtype}"
     if product == Product.BF16 and x_dtype != torch.bfloat16:
         return f"rounds weights to bfloat16 for bfloat16 activations, not {x_dtype}"
-    if M <= DECODE_MAX_M[x_dtype] or _uses_tiles(M, x_dtype, product):
+    if product == Product.BF16 and not _features() & _AVX512:
+        return "rounds weights to bfloat16 with AVX-512 (F, BW, VL, VNNI) only"
+    if M <= decode_max_m(x_dtype) or _uses_tiles(M, x_dtype, product):
         return None
-    slower = f"slower than blocks above M = {DECODE_MAX_M[x_dtype]}"
+    slower = f"slower than blocks above M = {decode_max_m(x_dtype)}"
     return f"{slower} on a CPU without AMX" if x_dtype == torch.bfloat16 else slower
 
 
@@ -105,8 +124,8 @@ def unsupported_weight(problem: Problem) -> str | None:
     lib, reason = load()
     if lib is None:
         return reason
-    if not _features() & _VNNI:
-        return "needs an x86-64 CPU with AVX-512 (F, BW, VL, VNNI)"
+    if not _features() & _DECODE:
+        return "needs an x86-64 CPU with AVX2, FMA and F16C, or an Arm one"
     N, K, group_size = problem.N, problem.K, problem.group_size
     if group_size not in _GROUP_SIZES:
         return f"group_size must be 32, 64, 128 or 256, not {group_size}"
@@ -138,8 +157,8 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias``.
 
-    Two kernels. For few rows (``DECODE_MAX_M``) weights are read as they are stored and ``product``
-    says what is multiplied.
+    Two kernels. For few rows (:func:`decode_max_m`) weights are read as they are stored and
+    ``product`` says what is multiplied.
     For more (bfloat16 ``x`` on a CPU with AMX: from ``TILES_MIN_M``, unless ``INT8``) weights are
     rounded once to bfloat16. Both sum in float32, add the bias there and round once.
 

@@ -37,7 +37,7 @@ def weight(N=48, K=256, group_size=32, dtype=BF16, signed=True, zero=True):
 
 def both(x, w, bias=None, act_pre_scale=None, rounded=False):
     """The results of the C++ and of the Python kernel."""
-    rest = bias, act_pre_scale, rounded, native.DECODE_MAX_M[x.dtype], native.TILES_MIN_M
+    rest = bias, act_pre_scale, rounded, native.decode_max_m(x.dtype), native.TILES_MIN_M
     return core.linear(x, w, bias, act_pre_scale, rounded), core._cpu_linear(x, *w, *rest)
 
 

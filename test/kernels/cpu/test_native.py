@@ -61,7 +61,7 @@ def dequantized(weight, dtype):
 
 def check_decode(x, weight, bias=None):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "TILES_MIN_M", native.DECODE_MAX_M[x.dtype] + 1)
+        patch.setattr(native, "TILES_MIN_M", native.decode_max_m(x.dtype) + 1)
         y = native.linear(x, weight, bias)
     assert y.dtype == x.dtype and y.shape == (x.shape[0], weight.N)
     product, zero = parts_float64(weight)
@@ -85,7 +85,7 @@ def check_gemm(x, weight, bias=None):
 
 
 def check(x, *args):
-    (check_decode if x.shape[0] <= native.DECODE_MAX_M[x.dtype] else check_gemm)(x, *args)
+    (check_decode if x.shape[0] <= native.decode_max_m(x.dtype) else check_gemm)(x, *args)
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
@@ -177,7 +177,7 @@ def test_exact_on_small_integers(M):
     golden = x.double() @ dequantized(weight, torch.float64).T
     y = native.linear(x.to(BF16), weight)
     assert torch.equal(y, golden.float().to(BF16))
-    if M <= native.DECODE_MAX_M[FP32]:
+    if M <= native.decode_max_m(FP32):
         y = native.linear(x.float(), weight)
         assert torch.equal(y.double(), golden)
 
@@ -249,7 +249,7 @@ def test_empty_x():
     [
         (dict(x=torch.zeros(1, 128)), ValueError, "x must have 256 columns .* got 128"),
         (dict(x=torch.zeros(1, 256).double()), ValueError, "activations, not torch.float64"),
-        (dict(x=torch.zeros(129, 256)), ValueError, "slower than blocks above M = 128"),
+        (dict(x=torch.zeros(129, 256)), ValueError, "slower than blocks above M = "),
         (dict(qdata=torch.zeros(16, 128)), TypeError, "qdata must be int8"),
         (dict(scale=torch.ones(16, 4)), ValueError, r"scale must have shape .* = \[4, 16\]"),
         (dict(zero_point=torch.ones(4, 16).half()), TypeError, "zero_point must have scale's"),

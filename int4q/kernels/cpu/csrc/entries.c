@@ -1,0 +1,113 @@
+/* The kernels' entry points: what is worth running here, memory, and threads. */
+#include <stdlib.h>
+
+#include "common.h"
+
+/* For the caller to see that both sides mean the same arguments. */
+EXPORT int64_t int4q_args_bytes(void) { return sizeof(int4q_args); }
+
+#if defined(INT4Q_X86) || defined(INT4Q_ARM)
+
+enum { CACHE_LINE = 64 };
+
+void *aligned_new(int64_t bytes) {
+    void *memory;
+    return posix_memalign(&memory, CACHE_LINE, (size_t)bytes) ? NULL : memory;
+}
+
+void aligned_free(void *memory) { free(memory); }
+
+/* The best instruction set that may be used; NULL where none may. */
+static const kernels_of *choose_kernels(const int4q_args *a) {
+#ifdef INT4Q_X86
+    static const kernels_of *const best_first[] = {&avx512_kernels, &avx_vnni_kernels,
+                                                   &avx2_kernels};
+#else
+    static const kernels_of *const best_first[] = {&dotprod_kernels, &neon_kernels};
+#endif
+    for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
+        if (has_feature(a, best_first[i]->feature)) return best_first[i];
+    return NULL;
+}
+
+/* Limbs of fixed point for 16-bit x. Two leave an error of up to 2^-16 of the largest of eight
+ * elements. Beside one that is 2^r times as large as the rest, whose own weight may be 0, that is
+ * about 2^(r - 16) / sqrt(K) of the result, to compare with the result's rounding, 2^-9 (fp16:
+ * 2^-12). A third limb where it would show: from r = 6 + log2(K) / 2 (fp16: 3) on. */
+static int form_of_halves(const int4q_args *a, const kernels_of *kernels) {
+    float bits = a->x_kind == KIND_BF16 ? 6 : 3;
+    for (int64_t k = a->K; k > 1; k /= 2) bits += 0.5f;
+    for (int64_t m = 0; m < a->M; m++)
+        if (kernels->has_outlier(a, m, bits)) return X_INT24;
+    return X_INT16;
+}
+
+/* How the products want x; 0 where they are not to be had. */
+static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
+    if (a->product == PRODUCT_INT8) return X_INT8;
+    if (a->product == PRODUCT_EXACT)
+        return a->x_kind == KIND_FP32 ? X_INT24 : form_of_halves(a, kernels);
+    if (a->x_kind != KIND_BF16 || a->zero || kernels->feature != FEATURE_AVX512) return 0;
+    return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
+}
+
+EXPORT int int4q_decode(const int4q_args *a) {
+    const kernels_of *kernels = choose_kernels(a);
+    const int form = kernels ? form_of_x(a, kernels) : 0;
+    if (!form) return INT4Q_UNSUPPORTED;
+    int out_of_range = 0;
+    all_x x = {.whole = {.M = a->M,
+                         .units = ceil_div(a->K, UNIT_K),
+                         .groups = a->K / a->group,
+                         .form = form,
+                         .out_of_range = &out_of_range},
+               .chunks = ceil_div(a->M, MAX_CHUNK_M)};
+    turned_x *t = &x.whole;
+    const int64_t blocks = ceil_div(a->N, ROWS), spans = ceil_div(a->K, SPAN_K);
+    const int64_t threads = useful_threads(a, blocks, a->N * (a->K / 2) * a->M);
+    const int64_t units_size = t->units * t->M * unit_bytes(t->form);
+    const int64_t sums_size = ceil_div(t->M * t->groups, 16) * 64;
+    const int64_t scale_size = a->group < UNIT_K ? t->units * ROWS * 4 : t->groups * ROWS;
+    const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
+    const int64_t batch = blocks_of_batch(block_size), params_size = batch * block_size;
+    uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
+    if (!memory) return INT4Q_NO_MEMORY;
+    t->units_x = memory;
+    t->group_sum = (float *)(memory + units_size);
+    float *all_params = (float *)(memory + units_size + sums_size);
+    PARALLEL(threads) {
+        const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
+        const range spans_here = share(spans * t->M, part, parts);
+        for (int64_t i = spans_here.begin; i < spans_here.end; i++) {
+            const int64_t m = i / spans;
+            const turned_x chunk = chunk_of(&x, m / MAX_CHUNK_M);
+            kernels->turn_span(a, &chunk, m % MAX_CHUNK_M, i % spans);
+        }
+        BARRIER;
+        float *mine = all_params + part * params_size;
+        const block_params params = {scale_size, zero_size, batch, mine, mine + batch * scale_size};
+        kernels->decode_blocks(a, &x, share(blocks, part, parts), &params);
+    }
+    aligned_free(memory);
+    return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
+}
+
+EXPORT int int4q_dequant(const int4q_args *a) {
+    const kernels_of *kernels = choose_kernels(a);
+    if (!kernels) return INT4Q_UNSUPPORTED;
+    const int64_t blocks = ceil_div(a->N, ROWS);
+    const int64_t threads = useful_threads(a, blocks, a->N * a->K / 2);
+    PARALLEL(threads) {
+        const range mine = share(blocks, THREAD_INDEX, THREAD_COUNT);
+        for (int64_t block = mine.begin; block < mine.end; block++)
+            kernels->dequant_rows(a, block * ROWS);
+    }
+    return INT4Q_OK;
+}
+
+#else
+
+EXPORT int int4q_decode(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+EXPORT int int4q_dequant(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+
+#endif
