@@ -45,14 +45,9 @@ def define(namespace: torch.library.Library, name: str, schema: str, run: Any, f
     _twins[name] = getattr(torch.ops.int4q, twin).default
 
 
-def _on_gpu(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+def _on_gpu(name: str, python: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if library.unavailable():
-            return run(*args)
-        try:
-            return _twins[name](*args)
-        except RuntimeError as error:
-            raise library.cause(error) from None
+        return python(*args) if library.unavailable() else run(name, *args)
 
     return kernel
 

@@ -22,10 +22,10 @@ WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
 
 
 def define(
-    schema: str, run, fake, backward=None, save=None, returns="Tensor", **derivatives
+    schema: str, run, fake, backward=None, save=None, returns="Tensor", gpu=True, **derivatives
 ) -> None:
-    """One op: the same Python function on every device, its fake, its derivatives in ``x``, and its
-    twin for a GPU (:mod:`int4q.ops.cuda`).
+    """One op: the same Python function on every device, its fake, its derivatives in ``x``, and,
+    with ``gpu``, its twin for one (:mod:`int4q.ops.cuda`).
 
     ``backward``, ``save`` and ``derivatives`` are as :func:`int4q.ops.autograd.register` takes
     them.
@@ -36,7 +36,8 @@ def define(
     torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
     if backward is not None:
         autograd.register(LIBRARY, name, backward, save, **derivatives)
-    cuda.define(LIBRARY, name, f"{schema[len(name) :]} -> {returns}", run, fake)
+    if gpu:
+        cuda.define(LIBRARY, name, f"{schema[len(name) :]} -> {returns}", run, fake)
 
 
 def count_flops(op: str, contracted_dim: int) -> None:

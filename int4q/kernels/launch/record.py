@@ -54,6 +54,7 @@ _COPY = {aten.clone.default, aten._to_copy.default}
 _RENAME = {aten._unsafe_view.default}
 """Views that their schema does not call so."""
 
+_UNKNOWN = object()
 _plans: dict[tuple, Plan | None] = {}
 _guard = threading.Lock()
 _thread = threading.local()
@@ -140,17 +141,19 @@ def _kind(arguments: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> No
 
 
 def _call(key: tuple, tensors: list[Tensor], run: Callable[[], Any]) -> Any:
-    if key not in _plans:
-        with recording(tensors) as seen:
-            result = run()
-        plan = seen.plan(result)
-        with _guard:
-            while len(_plans) >= MAX_PLANS:
-                del _plans[next(iter(_plans))]
-            _plans[key] = plan
-        return result
-    plan = _plans[key]
-    return run() if plan is None else plan(tensors)
+    known = _plans.get(key, _UNKNOWN)
+    if isinstance(known, Plan):
+        return known(tensors)
+    if known is None:
+        return run()
+    with recording(tensors) as seen:
+        result = run()
+    plan = seen.plan(result)
+    with _guard:
+        while len(_plans) >= MAX_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan
+    return result
 
 
 class Recorder(TorchDispatchMode):
@@ -200,6 +203,8 @@ class Recorder(TorchDispatchMode):
 
     def _operator(self, name: str, *tensors: Tensor) -> None:
         self._kept += tensors
+        if any(t.device != tensors[0].device for t in tensors):
+            self.fail(f"{name} of two devices is no part of a plan")
         addresses = (Address(ABSOLUTE, t.data_ptr()) for t in tensors)
         sides = ((t.dtype, tuple(t.shape), t.stride()) for t in tensors)
         views = tuple(View(a, *side) for a, side in zip(addresses, sides, strict=True))

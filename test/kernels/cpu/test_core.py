@@ -321,6 +321,16 @@ def test_the_preference_is_watched(monkeypatch):
     assert seen == [triton, torch_, triton, auto]
 
 
+@needs_core
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_a_static_library_of_the_compiler_stays_private():
+    """Else half of its symbols are those of the shared one in the process, and messages crash."""
+    command = ["nm", "-D", "--defined-only", "--format=just-symbols", _library._name]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "int4q_core_version" in names
+    assert not {"__cxa_throw", "__cxa_begin_catch", "_ZNSo9_M_insertIlEERSoT_"} & {*names}
+
+
 SUITES = [
     "test/kernels/cpu/test_core.py",
     "test/ops/test_derivatives.py",
