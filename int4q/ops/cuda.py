@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from int4q.kernels import registry
 from int4q.kernels.core import library
+from int4q.kernels.registry import KernelPreference
 
 _LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "int": "i", "bool": "i"}
 _twins: dict[str, Callable[..., Any]] = {}
@@ -47,7 +49,7 @@ def define(namespace: torch.library.Library, name: str, schema: str, run: Any, f
 
 def _on_gpu(name: str, python: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        return python(*args) if library.unavailable() else run(name, *args)
+        return run(name, *args) if _by_core() else python(*args)
 
     return kernel
 
@@ -64,12 +66,20 @@ def twin(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
 
 def run(name: str, *args: Any) -> Any:
     """The op ``name`` on a GPU where :func:`dispatches_nothing`: its twin, or itself."""
-    if library.unavailable():
+    if not _by_core():
         return getattr(torch.ops.int4q, name)(*args)
     try:
         return _twins[name](*args)
     except RuntimeError as error:
         raise library.cause(error) from None
+
+
+def _by_core() -> bool:
+    """Whether plans are right here: they are made under no preference.
+
+    (The core is told of one too, but per thread; a context may be taken to another thread.)
+    """
+    return library.unavailable() is None and registry.preference() is KernelPreference.AUTO
 
 
 def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:

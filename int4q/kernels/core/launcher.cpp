@@ -222,7 +222,7 @@ constexpr auto FUNCTIONS = functions(std::make_index_sequence<MAX_OPS>{});
 }  // namespace
 
 void register_launcher(const char *name, const char *planner, const char *arguments,
-                              const char *dispatch_key) {
+                       const char *dispatch_key) {
     const std::string letters = arguments;
     if (n_ops == MAX_OPS || letters.size() > MAX_SLOTS - MAX_MADE)
         throw std::runtime_error("int4q: too many ops or arguments");
