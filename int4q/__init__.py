@@ -12,6 +12,12 @@ from int4q.evaluation import Evaluation, evaluate
 from int4q.integrations import dtensor as _dtensor  # noqa: F401  (what it adds to torch)
 from int4q.integrations import on_import
 from int4q.integrations.adopt import adopt
+from int4q.integrations.generation import (
+    GraphFallbackWarning,
+    cuda_graph_generate,
+    drop_cuda_graphs,
+)
+from int4q.integrations.load import load
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -28,6 +34,7 @@ __all__ = [
     "CpuPackedInt4Tensor",
     "CudaCoalescedInt4Tensor",
     "Evaluation",
+    "GraphFallbackWarning",
     "Int4SkipWarning",
     "Int4Tensor",
     "Int4WeightOnlyConfig",
@@ -36,8 +43,11 @@ __all__ = [
     "__version__",
     "adopt",
     "calibrate",
+    "cuda_graph_generate",
+    "drop_cuda_graphs",
     "evaluate",
     "kernel_preference",
+    "load",
     "load_file",
     "load_into_",
     "moe_config",

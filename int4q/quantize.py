@@ -16,7 +16,7 @@ from torchao.utils import TorchAOBaseTensor
 from int4q import errors
 from int4q.calibration import Calibration, calibrate
 from int4q.calibration.apply import ALGORITHMS
-from int4q.calibration.collect import takes_random_ids
+from int4q.calibration.data import takes_random_ids
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import (
     Place,

@@ -123,7 +123,7 @@ def _weight(
 
 
 def _print(result: Summary, console: Console) -> None:
-    console.print(_headline(result))
+    console.print(headline(result))
     if result.quantized:
         table = Table(box=None)
         table.add_column("weight", overflow="fold", min_width=16)
@@ -147,7 +147,8 @@ def _print(result: Summary, console: Console) -> None:
         )
 
 
-def _headline(result: Summary) -> str:
+def headline(result: Summary) -> str:
+    """The whole model in a line: weights, bits, bytes before and after."""
     quantized = sum(w.tied_to is None for w in result.quantized)
     return (
         f"{quantized} weights in 4 bits ({result.bits_per_weight:.2f} bits each, "

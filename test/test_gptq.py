@@ -189,3 +189,18 @@ def test_the_same_every_time_and_for_every_expert():
 def test_hessians_that_do_not_do(H, message):
     with pytest.raises(ValueError, match=message):
         gptq.quantize(torch.randn(4, 2 * G), G, H, TOKENS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("refit", [False, True])
+def test_on_a_gpu_as_on_the_cpu(refit):
+    w, x = torch.randn(256, 512), inputs(512)
+    H = hessian(x)
+    on_cpu = gptq.quantize(w, 128, H, TOKENS, refit=refit)[:3]
+    on_gpu = gptq.quantize(w.cuda(), 128, H, TOKENS, refit=refit)[:3]
+    assert all(t.is_cuda for t in on_gpu)
+    again = gptq.quantize(w.cuda(), 128, H.cuda(), TOKENS, refit=refit)[:3]
+    assert all(torch.equal(a, b) for a, b in zip(on_gpu, again, strict=True))
+    # (A value that falls on the other side of a tie changes the rest of its row.)
+    a, b = (output_error([t.cpu() for t in parts], w, x) for parts in (on_cpu, on_gpu))
+    assert abs(a - b) < 0.01 * a

@@ -10,7 +10,7 @@ ROOT = Path(int4q.__file__).parent
 ORDER = ["_version", "errors", "geometry", "packing", "qparams", "gptq", "kernels", "ops",
          "tensor", "q4gsw", "coverage", "calibration", "run", "config", "quantize", "moe",
          "prepare", "layouts", "report", "checkpoint", "evaluation", "integrations", "bench",
-         "tuning", "cli"]  # fmt: skip
+         "tuning", "cli", "__main__"]  # fmt: skip
 KERNELS_TOP = "table"  # in kernels/, only the table of kernels imports the kernels
 
 

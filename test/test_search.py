@@ -149,3 +149,19 @@ def test_importance_that_does_not_fit(importance, algorithm, error, message):
 def test_ratios_must_not_be_empty():
     with pytest.raises(ValueError, match="ratios must not be empty"):
         qparams.search(torch.randn(4, G), ratios=())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu():
+    w, h = torch.randn(300, 512), torch.rand(512) ** 4
+    parts = {d: qparams.quantize(w.to(d), 64, "search", h.to(d)) for d in ("cpu", "cuda")}
+    on_cpu, on_gpu = parts["cpu"], [t.cpu() for t in parts["cuda"]]
+    q, s, z = (t.double() for t in (unpack_nibbles(on_gpu[0]), *on_gpu[1:]))
+    assert (unpack_nibbles(on_cpu[0]) == q).double().mean() > 0.999
+
+    def error(q, s, z):
+        v = q.double().unflatten(-1, (8, 64)) * s.double()[..., None] + z.double()[..., None]
+        return ((v.flatten(1) - w) ** 2 * h).sum().item()
+
+    exact = error(unpack_nibbles(on_cpu[0]), *on_cpu[1:])
+    assert abs(error(q, s, z) - exact) < 1e-4 * exact

@@ -1,20 +1,28 @@
-"""``int4q eval``: quantise a language model and compare it with itself."""
+"""``int4q eval``: how far a 4-bit language model is from the original."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
 
+from int4q import errors
 from int4q.calibration import Calibration, calibrate
 from int4q.config import Int4WeightOnlyConfig
+from int4q.evaluation import picture
 from int4q.evaluation.measure import Evaluation, evaluate
 from int4q.geometry import GROUP_SIZES
 from int4q.quantize import quantize_
+from int4q.report import headline, summary
+from int4q.tensor import Int4Tensor
+from int4q.tensor.base import Int4TensorBase
 
 ALGORITHMS = ("auto", "search", "gptq", "hqq", "tinygemm")
 _ROW = 512
@@ -23,6 +31,7 @@ _ROW = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``int4q eval`` takes."""
     parser.add_argument("model", help="folder or name of a causal language model (transformers)")
+    parser.add_argument("--reference", help="the original of a model that is in 4 bits already")
     parser.add_argument("text", nargs="*", type=Path, help="files (default: Python's manual)")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
@@ -35,24 +44,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--picture", type=Path, help="draw the layers here (matplotlib)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure as asked."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Measure as asked.
 
+    Raises:
+        ValueError: a reference for a model in full precision, which is compared with itself.
+        ModuleNotFoundError: a picture without matplotlib.
+    """
+    from transformers import AutoTokenizer
+
+    if arguments.picture:
+        picture.check(arguments.picture)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    models = [
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(arguments.device)
-        for _ in range(2)
-    ]
-    reference, model = (m.eval() for m in models)
-    config = Int4WeightOnlyConfig(
-        group_size=arguments.group_size,
-        int4_choose_qparams_algorithm=arguments.algorithm,
-        group_size_fallback=True,
-    )
-    quantize_(model, config, calibration=_calibration(reference, tokenizer, arguments))
+    model = _load(arguments.model, arguments.device)
+    if not any(isinstance(p, Int4TensorBase) for p in model.parameters()):
+        if arguments.reference:
+            raise errors.value(
+                "--reference is for a model that is in 4 bits already", arguments.model
+            )
+        reference = copy.deepcopy(model)
+        config = Int4WeightOnlyConfig(
+            group_size=arguments.group_size,
+            int4_choose_qparams_algorithm=arguments.algorithm,
+            group_size_fallback=True,
+        )
+        quantize_(model, config, calibration=_calibration(reference, tokenizer, arguments))
+    else:
+        reference = _load(arguments.reference, arguments.device) if arguments.reference else None
     ids = _read(arguments.text, tokenizer)[: arguments.tokens]
     measured = evaluate(
         model,
@@ -63,8 +84,25 @@ def run(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     show(measured)
+    print(headline(summary(model, show=False)))
     if arguments.json:
         arguments.json.write_text(measured.to_json() + "\n")
+    if arguments.picture:
+        picture.draw(measured, arguments.picture)
+
+
+def _load(name: str, device: str) -> Any:
+    """A causal language model; weights that torchao wrote in 4 bits as int4q's."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    model = model.to(device).eval()
+    for module in model.modules():
+        for own, p in module.named_parameters(recurse=False):
+            if isinstance(p, TorchAOInt4Tensor):
+                ours = nn.Parameter(Int4Tensor.from_torchao(p), requires_grad=False)
+                setattr(module, own, ours)
+    return model
 
 
 def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Calibration | None:

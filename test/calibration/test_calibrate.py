@@ -10,7 +10,7 @@ from torch import nn
 import int4q
 from int4q import Calibration, CalibrationWarning, calibrate
 from int4q.calibration import MIN_TOKENS
-from int4q.calibration.collect import random_ids
+from int4q.calibration.data import random_ids
 from int4q.coverage import contracted_dim, expert_parameters, linear_parameters
 
 K, N, E = 32, 16, 4

@@ -146,25 +146,31 @@ def test_arguments_that_do_not_do(data, arguments, error, message):
         evaluate(Model().eval(), data, **arguments)
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    from int4q import cli
+class Tokenizer:
+    def __call__(self, text):
+        return {"input_ids": [min(ord(c), 127) for c in text]}
 
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """A folder with a model, and a text."""
+    transformers = pytest.importorskip("transformers")
     shape = transformers.LlamaConfig(
         hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=128,
     )  # fmt: skip
     transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
-
-    class Tokenizer:
-        def __call__(self, text):
-            return {"input_ids": [min(ord(c), 127) for c in text]}
-
     monkeypatch.setattr(
         transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer()
     )
     (tmp_path / "text.txt").write_text("What is measured here is this sentence. " * 5)
-    paths = [str(tmp_path / name) for name in ("model", "text.txt", "out.json")]
+    return tmp_path / "model", tmp_path / "text.txt"
+
+
+def test_the_command(tmp_path, llama, capsys, monkeypatch):
+    from int4q import cli
+
+    paths = [*map(str, llama), str(tmp_path / "out.json")]
     for algorithm in ("gptq", "auto", "hqq"):
         command = ["eval", *paths[:2], "--algorithm", algorithm, "--json", paths[2]]
         if algorithm == "gptq":
@@ -175,7 +181,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert any("in smaller groups, as group_size 128" in str(w.message) for w in caught)
         read = json.loads((tmp_path / "out.json").read_text())
         assert read["tokens"] == 99 and read["kl"] > 0 and len(read["layers"]) == 14
-        assert "same top token" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "same top token" in shown and "14 weights in 4 bits" in shown
     monkeypatch.setattr(cli.evaluation, "evaluate", lambda model, ids, **kwargs: ids)
     shown = []
     monkeypatch.setattr(cli.evaluation, "show", shown.append)
@@ -183,3 +190,57 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         warnings.simplefilter("ignore")
         cli.main(["eval", paths[0], "--algorithm", "tinygemm", "--device", "cpu"])
     assert shown[0].shape == (8192,)  # Python's manual
+
+
+COMMAND = ["--window", "32", "--tokens", "100", "--device", "cpu"]
+
+
+def test_the_command_on_a_model_in_4_bits(tmp_path, llama, capsys):
+    transformers = pytest.importorskip("transformers")
+    from int4q import cli
+
+    folder, text = llama
+    config = transformers.TorchAoConfig(Int4WeightOnlyConfig(32, set_inductor_config=False))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path / "small")
+    command = ["eval", str(tmp_path / "small"), str(text), "--json", str(tmp_path / "out.json")]
+    cli.main([*command, *COMMAND, "--reference", str(folder)])
+    read = json.loads((tmp_path / "out.json").read_text())
+    assert read["kl"] > 0 and len(read["layers"]) == 14
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(Tokenizer()(text.read_text())["input_ids"][:100])
+    exact = evaluate(original, ids, window=32).perplexity
+    assert math.isclose(read["reference_perplexity"], exact, rel_tol=1e-5)
+    cli.main([*command, *COMMAND])
+    assert json.loads((tmp_path / "out.json").read_text())["kl"] is None
+    assert "14 weights in 4 bits" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--reference is for a model that is in 4 bits already"):
+        cli.main(["eval", str(folder), str(text), *COMMAND, "--reference", str(folder)])
+
+
+@pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
+def test_the_picture(tmp_path, llama, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from int4q import cli
+    from int4q.evaluation import picture
+
+    command = ["eval", *map(str, llama), *COMMAND, "--algorithm", "tinygemm"]
+    cli.main([*command, "--picture", str(tmp_path / "layers.png")])
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"must end in one of .* got .*layers\.bmp"):
+        cli.main([*command, "--picture", str(tmp_path / "layers.bmp")])
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        cli.main([*command, "--picture", str(tmp_path / "layers.png")])
+
+
+def test_lines_of_the_picture():
+    from int4q.evaluation import Layer
+    from int4q.evaluation.picture import _lines
+
+    layers = [
+        Layer("m.0.up.weight", 20.0, 25.0),
+        Layer("m.1.up.weight", 21.0),
+        Layer("head.w", 9.0),
+    ]
+    assert _lines(layers) == {"up": [(0, 25.0), (1, 21.0)], "head.w": [(0, 9.0)]}

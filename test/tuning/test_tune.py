@@ -168,7 +168,8 @@ def test_shapes_of_a_model(few):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command would tune the GPU")
 def test_the_command(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(tuning.tune.__kwdefaults__, "timer", Timer(5.0, 1.0))
-    monkeypatch.setattr("int4q.cli.SETS", {"core": [int4q.bench.shapes.Shape(16, 64, "small")]})
+    sets = {"core": [int4q.bench.shapes.Shape(16, 64, "small")]}
+    monkeypatch.setattr("int4q.tuning.command.SETS", sets)
     out = tmp_path / "table.json"
     main(["tune", "--groups", "32", "--rows", "1", "--kernels", "matvec", "--out", str(out)])
     assert capsys.readouterr().out.splitlines()[-1] == str(out)

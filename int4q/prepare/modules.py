@@ -1,19 +1,8 @@
-"""``prepare_for_inference_``: modules that hand plain tensors to compiled code, and the way back.
-
-``torch.compile`` makes every tensor that a module uses an input of its graph. A tensor subclass
-among them is taken apart again at every call and guarded by its metadata, which costs more than a
-small product. A prepared module keeps its 4-bit parameter back and has the parameter's own parts
-as plain buffers (:class:`Parts`, nothing copied); compiled code reads those, eager code the
-parameter itself, past ``__torch_function__``.
-
-Whatever looks at the parameters of a prepared module or changes them (``state_dict``, ``.to``,
-assignment, ..) meets it as it was given: it is put back for that long, and prepared anew.
-"""
+"""A prepared module: what it holds, how it is made and put back, and its forward."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from int4q import errors
 from int4q.coverage import contracted_dim, conv1d, expert_parameters
-from int4q.run import Int4SkipWarning, full_name, run_on
+from int4q.prepare.fused import LINK, Link
+from int4q.prepare.parts import parts_of
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.matmul_ops import added, linear_along_groups
 
@@ -34,110 +23,22 @@ _HELD = "_int4q_held"
 """Module attribute: name -> the 4-bit parameter that a prepared module keeps back."""
 
 
-def prepare_for_inference_(model: nn.Module) -> nn.Module:
-    """Let compiled code see plain tensors instead of 4-bit tensor subclasses, in place.
-
-    Results are the same bits, in eager mode and compiled. ``module.weight``, ``state_dict()``,
-    ``load_state_dict()``, ``.to()``, ``deepcopy``, ``torch.save``, :func:`int4q.summary` and
-    :func:`int4q.to_coalesced_` give and take the 4-bit tensor as before; gradients reach
-    activations and biases. ``named_parameters()`` does not list what is kept back, and the parts
-    are among the ``named_buffers()``. What is written past the module, by ``swap_tensors`` on its
-    weight, compiled code does not see.
-
-    Linear layers are prepared (``nn.Linear``, transformers' ``Conv1D``, the layers below peft's
-    adapters) and the experts of transformers under ``experts_implementation="int4q"``. A 4-bit
-    weight of any other module stays as it is and works as before; an :class:`Int4SkipWarning`
-    names it with the reason. Preparing again takes in what was quantised since.
-
-    Args:
-        model: any module; its submodules are looked through.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-    """
-    unprepare_(model)
-    modules = list(model.modules())
-    with run_on(model) as run:
-        for module in modules:
-            for name, reason in _hold(module).items():
-                run.say(full_name(module, name), f"not prepared: {reason}")
-        run.warn()
-    if not any(map(_has_weights, model.modules())):
-        warnings.warn("the model has no 4-bit weights to prepare", Int4SkipWarning, stacklevel=2)
-    return model
-
-
-def unprepare_(model: nn.Module) -> nn.Module:
-    """Undo :func:`prepare_for_inference_`: the same classes, parameters and order as before.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
-    for module in _prepared(model):
-        _release(module)
-    return model
-
-
 @contextmanager
 def as_given(model: nn.Module) -> Iterator[None]:
     """The prepared modules of ``model`` as they were, within the ``with`` block."""
-    modules = _prepared(model)
+    modules = prepared(model)
     for module in modules:
-        _release(module)
+        release(module)
     try:
         yield
     finally:
         for module in modules:
-            _hold(module)
+            hold(module)
 
 
-def _prepared(model: nn.Module) -> list[Prepared]:
+def prepared(model: nn.Module) -> list[Prepared]:
+    """The prepared ones among the modules of ``model``."""
     return [module for module in model.modules() if isinstance(module, Prepared)]
-
-
-def _has_weights(module: nn.Module) -> bool:
-    held = *module._parameters.values(), *module._buffers.values()
-    return isinstance(module, Prepared) or any(isinstance(t, Int4TensorBase) for t in held)
-
-
-# --- the parts ------------------------------------------------------------------------------------
-
-
-class Parts(nn.Module):
-    """A weight's parts as buffers, and its layout's products: what compiled code reads.
-
-    Each layout has a subclass of its own, with those methods of the layout that read nothing but
-    parts. Stored nowhere: the buffers are not persistent, and copies are made of the parameter.
-    """
-
-    shape: tuple[int, ...]
-    block_size: list[int]
-
-    def __init__(self, weight: Int4TensorBase):
-        super().__init__()
-        for name in (*weight.tensor_data_names, *weight.optional_tensor_data_names):
-            self.register_buffer(name, getattr(weight, name), persistent=False)
-        _, attributes = weight.__tensor_flatten__()
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def extra_repr(self) -> str:
-        """The logical shape and the group size."""
-        return f"{errors.dims(self.shape)}, group_size={max(self.block_size)}"
-
-
-@functools.cache
-def _parts_class(layout: type[Int4TensorBase]) -> type[Parts]:
-    shared = ("parts", "grouped_dim", "group_size", "_weight_parts", "_linear")
-    return type(f"{layout.__name__}Parts", (Parts,), {n: getattr(layout, n) for n in shared})
 
 
 def in_use(module: nn.Module, name: str) -> Any:
@@ -160,6 +61,9 @@ class Prepared(nn.Module):
 
     _given: Any
     """The class before."""
+    reads_parts = False
+    """Whether it is a linear layer with the forward of one, which :mod:`~.fused` can fuse."""
+    _int4q_fused: Link | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get(_HELD, ()):
@@ -189,12 +93,13 @@ class Prepared(nn.Module):
         with as_given(self):
             state = {**self.__dict__, "_parameters": dict(self._parameters)}
             state["_modules"] = dict(self._modules)
+        state.pop(LINK, None)  # (what calls the layers has the group)
         return _empty, (self._given, tuple(self.__dict__[_HELD])), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _become(self, self._given)
         self.__setstate__(state)
-        _hold(self)
+        hold(self)
 
 
 def _as_given(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +107,7 @@ def _as_given(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(module, method)(*args, **kwargs)
 
 
-def _hold(module: nn.Module) -> dict[str, str]:
+def hold(module: nn.Module) -> dict[str, str]:
     """Prepare one module; returns why 4-bit weights of it stay as they are, by name."""
     registered = {**module._buffers, **module._parameters}
     weights = {name: w for name, w in registered.items() if isinstance(w, Int4TensorBase)}
@@ -210,18 +115,20 @@ def _hold(module: nn.Module) -> dict[str, str]:
     held = {name: weights[name] for name, reason in reasons.items() if reason is None}
     for name, w in held.items():
         w._is_held = True
-        parts = _parts_class(type(w))(w)
-        module.add_module(f"{name}_parts", parts.train(module.training))
+        module.add_module(f"{name}_parts", parts_of(w).train(module.training))
     if held:
         module.__dict__[_HELD] = held
         given: Any = type(module)
         _become(module, _prepared_class(given, tuple(held)))
     for name in held:
         module._parameters[name] = None  # its place in the order of parameters
+    if link := module.__dict__.get(LINK):
+        link[0].join() if held else link[0].part()
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _release(module: Prepared) -> None:
+def release(module: Prepared) -> None:
+    """Undo :func:`hold`."""
     held = module.__dict__[_HELD]
     for name, w in held.items():
         w.__dict__.pop("_is_held", None)  # (of a tied weight once only)
@@ -263,6 +170,7 @@ def _prepared_class(cls: Any, names: tuple[str, ...]) -> type[Prepared]:
     namespace: dict[str, Any] = {"_given": cls, **{name: _parameter(name) for name in names}}
     if forward := _forward(cls):
         namespace["forward"] = forward
+        namespace["reads_parts"] = forward is _linear_forward
     return type(f"Prepared{cls.__name__}", (Prepared, cls), namespace)
 
 
@@ -304,6 +212,9 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     w = _weight(self, input)
     if w is None:
         return nn.Linear.forward(self, input)
+    link = self._int4q_fused
+    if link is not None and link[0].is_open and link[0].weight is not None:
+        return link[0].product(link[1], input)
     return linear_along_groups(input, w, self.bias)
 
 
