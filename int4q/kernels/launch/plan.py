@@ -25,7 +25,8 @@ ALIGN = 256
 _MAP_ALIGN = 64  # of a CUtensorMap, and so of a parameter block
 _DTYPES = {
     torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4,
-    torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15,
+    torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11,
+    torch.bfloat16: 15, torch.float8_e4m3fn: 24,
 }  # fmt: skip
 """c10::ScalarType, which ATen's C interface counts dtypes by."""
 
