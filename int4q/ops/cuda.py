@@ -49,7 +49,7 @@ def define(namespace: torch.library.Library, name: str, schema: str, run: Any, f
 
 def _on_gpu(name: str, python: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        return run(name, *args) if _by_core() else python(*args)
+        return run(name, *args) if by_core() else python(*args)
 
     return kernel
 
@@ -64,22 +64,20 @@ def twin(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     return None if library.unavailable() else _twins[op._schema.name.removeprefix("int4q::")]
 
 
-def run(name: str, *args: Any) -> Any:
-    """The op ``name`` on a GPU where :func:`dispatches_nothing`: its twin, or itself."""
-    if not _by_core():
-        return getattr(torch.ops.int4q, name)(*args)
-    try:
-        return _twins[name](*args)
-    except RuntimeError as error:
-        raise library.cause(error) from None
-
-
-def _by_core() -> bool:
+def by_core() -> bool:
     """Whether plans are right here: they are made under no preference.
 
     (The core is told of one too, but per thread; a context may be taken to another thread.)
     """
     return library.unavailable() is None and registry.preference() is KernelPreference.AUTO
+
+
+def run(name: str, *args: Any) -> Any:
+    """The twin of the op ``name``, for where :func:`by_core` and :func:`dispatches_nothing`."""
+    try:
+        return _twins[name](*args)
+    except RuntimeError as error:
+        raise library.cause(error) from None
 
 
 def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:

@@ -86,7 +86,7 @@ def _bmm_backward_grad(ctx, grad):
 
 def run_stack(name: str, x: Tensor, *rest) -> Tensor:
     """The op ``name`` of a stack, past the dispatcher where that would add nothing."""
-    if x.is_cuda and cuda.dispatches_nothing(x, None):
+    if x.is_cuda and cuda.dispatches_nothing(x, None) and cuda.by_core():
         return cuda.run(name, x, *rest)
     return getattr(torch.ops.int4q, name)(x, *rest)
 

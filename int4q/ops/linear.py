@@ -157,7 +157,7 @@ def linear_parts(
     parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale
     if not dispatches_nothing(x, bias):
         return torch.ops.int4q.int4_linear(*parts)
-    if x.is_cuda:
+    if x.is_cuda and cuda.by_core():
         return cuda.run("int4_linear", *parts)
     check_activation("x", x, qdata, 2 * qdata.shape[1])
     weight = Weight(qdata, scale, zero_point, group_size)
@@ -178,7 +178,7 @@ def coalesced_linear(
     parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale, int8_activations
     if not dispatches_nothing(x, bias):
         return torch.ops.int4q.int4_plain_mm(*parts)
-    if x.is_cuda:
+    if x.is_cuda and cuda.by_core():
         return cuda.run("int4_plain_mm", *parts)
     check_activation("x", x, qdata, 2 * qdata.shape[1])
     return _run_plain_mm(*parts)

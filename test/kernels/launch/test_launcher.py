@@ -16,6 +16,7 @@ from int4q import errors, kernel_preference
 from int4q.kernels.core import library
 from int4q.kernels.launch import record
 from int4q.kernels.launch.record import planned
+from int4q.ops import cuda
 
 _core, _reason = library.load()
 pytestmark = pytest.mark.skipif(_core is None, reason=str(_reason))
@@ -321,3 +322,17 @@ def test_fake_tensors_go_to_the_fake():
 def test_a_driver_that_is_not_there_is_a_reason(fake):
     reason = library.open_driver(_core, "no such library", fake.path)
     assert "did not find" in reason
+
+
+def test_an_op_on_a_gpu_runs_its_twin(monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: None)
+    monkeypatch.setitem(cuda._twins, "int4_linear", OP)
+    kernel = cuda._on_gpu("int4_linear", lambda *args: "Python")
+    x, w = parts()
+    assert kernel(x, w).shape == (2, 4)
+    with pytest.raises(ValueError, match="factor must not be negative"):
+        kernel(x, w, None, -1)
+    with kernel_preference("triton"):
+        assert kernel(x, w) == "Python"
+    monkeypatch.setattr(library, "unavailable", lambda: "switched off")
+    assert kernel(x, w) == "Python"
