@@ -325,7 +325,7 @@ def broadcast_bias(m):
 
 APART = {
     "CPU-packed weights keep their shape": packed,
-    "they share one weight": shared,
+    "a weight is another layer's too": shared,
     "they differ in act_pre_scale": scaled,
     "they differ in dtype": cast,
     "a bias is not one number an out feature": broadcast_bias,
@@ -342,6 +342,18 @@ def test_what_stays_apart_is_named_and_works(reason, products):
     assert len(groups(m["block"])) == 1
     close(m["block"](x), expected)
     assert products == [96, 32, 32, 128, 64]
+
+
+def test_a_weight_tied_to_another_layer_stays_where_its_other_holder_has_it():
+    m, other, x = model(), model(), activation(3)
+    m["other"].weight = m["block"].k.weight
+    with pytest.warns(Int4SkipWarning, match="q/k/v is not fused: a weight is another layer's too"):
+        prepare_for_inference_(m, fuse=True)
+    k = m["block"].k
+    assert m["other"].weight_parts.qdata is k.weight_parts.qdata is k.weight.qdata
+    k.weight.copy_(other["block"].k.weight)
+    assert torch.equal(m["other"].weight_parts.qdata, other["block"].k.weight.qdata)
+    assert m["block"](x).isfinite().all()
 
 
 def test_not_asked_for_nothing_is_fused():
