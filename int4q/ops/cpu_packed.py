@@ -60,7 +60,8 @@ define(
     _int4_cpu_packed_linear_fake,
     _cpu_packed_grad,
     _save_packed,
+    gpu=False,
     any_lead=True,
 )
-define("int4_cpu_unpack(Tensor qdata)", _int4_cpu_unpack, _int4_cpu_unpack_fake)
+define("int4_cpu_unpack(Tensor qdata)", _int4_cpu_unpack, _int4_cpu_unpack_fake, gpu=False)
 count_flops("int4_cpu_packed_linear", -1)

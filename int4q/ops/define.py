@@ -12,7 +12,7 @@ from int4q import errors
 from int4q.kernels import registry
 from int4q.kernels import table as _table  # noqa: F401  (fills the registry)
 from int4q.kernels.weight import Weight
-from int4q.ops import autograd
+from int4q.ops import autograd, cuda
 
 LIBRARY = torch.library.Library("int4q", "DEF")
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,9 +22,10 @@ WEIGHT = "Tensor qdata, Tensor scale, Tensor zero_point, int group_size"
 
 
 def define(
-    schema: str, run, fake, backward=None, save=None, returns="Tensor", **derivatives
+    schema: str, run, fake, backward=None, save=None, returns="Tensor", gpu=True, **derivatives
 ) -> None:
-    """One op: the same Python function on every device, its fake, and its derivatives in ``x``.
+    """One op: the same Python function on every device, its fake, its derivatives in ``x``, and,
+    with ``gpu``, its twin for one (:mod:`int4q.ops.cuda`).
 
     ``backward``, ``save`` and ``derivatives`` are as :func:`int4q.ops.autograd.register` takes
     them.
@@ -35,6 +36,8 @@ def define(
     torch.library.register_fake(f"int4q::{name}", fake, lib=LIBRARY)
     if backward is not None:
         autograd.register(LIBRARY, name, backward, save, **derivatives)
+    if gpu:
+        cuda.define(LIBRARY, name, f"{schema[len(name) :]} -> {returns}", run, fake)
 
 
 def count_flops(op: str, contracted_dim: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from int4q import errors
 from int4q.kernels.weight import Weight
+from int4q.ops import cuda
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -80,6 +82,13 @@ def _save_bmm_backward(ctx, inputs, output):
 def _bmm_backward_grad(ctx, grad):
     grad_grad = torch.ops.int4q.int4_bmm(grad, *ctx.saved_tensors, ctx.group_size)
     return grad_grad, None, None, None, None
+
+
+def run_stack(name: str, x: Tensor, *rest) -> Tensor:
+    """The op ``name`` of a stack, past the dispatcher where that would add nothing."""
+    if x.is_cuda and cuda.dispatches_nothing(x, None) and cuda.by_core():
+        return cuda.run(name, x, *rest)
+    return getattr(torch.ops.int4q, name)(x, *rest)
 
 
 # --- int4_grouped_mm: rows of x sorted by expert ------------------------------------------------

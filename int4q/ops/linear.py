@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from int4q import errors
 from int4q.kernels import reference
 from int4q.kernels.weight import Weight
+from int4q.ops import cuda
 from int4q.ops.autograd import linear_jvp
+from int4q.ops.cuda import dispatches_nothing
 from int4q.ops.define import (
     WEIGHT,
     check_activation,
@@ -143,26 +144,6 @@ def _plain_mm_jvp(inputs, tangents):
 # --- the way in from a tensor ---
 
 
-def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the dispatcher would add nothing to ``linear(x, w, bias)``: no gradient, no tracing.
-
-    Then a caller whose weight is checked already may run the kernel directly, which halves the
-    host time of a small layer.
-    """
-    return (
-        type(x) is Tensor
-        and not (
-            torch.is_grad_enabled()
-            and (x.requires_grad or (bias is not None and bias.requires_grad))
-        )
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
-
-
 def linear_parts(
     x: Tensor,
     qdata: Tensor,
@@ -173,10 +154,13 @@ def linear_parts(
     act_pre_scale: Tensor | None = None,
 ) -> Tensor:
     """``int4_linear`` on the parts of a tensor, which its constructor has checked."""
-    weight = Weight(qdata, scale, zero_point, group_size)
+    parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale
     if not dispatches_nothing(x, bias):
-        return torch.ops.int4q.int4_linear(x, *weight[:4], bias, act_pre_scale)
-    check_activation("x", x, qdata, weight.K)
+        return torch.ops.int4q.int4_linear(*parts)
+    if x.is_cuda and cuda.by_core():
+        return cuda.run("int4_linear", *parts)
+    check_activation("x", x, qdata, 2 * qdata.shape[1])
+    weight = Weight(qdata, scale, zero_point, group_size)
     return run_2d("int4_linear", x, weight, bias, act_pre_scale)
 
 
@@ -194,6 +178,8 @@ def coalesced_linear(
     parts = x, qdata, scale, zero_point, group_size, bias, act_pre_scale, int8_activations
     if not dispatches_nothing(x, bias):
         return torch.ops.int4q.int4_plain_mm(*parts)
+    if x.is_cuda and cuda.by_core():
+        return cuda.run("int4_plain_mm", *parts)
     check_activation("x", x, qdata, 2 * qdata.shape[1])
     return _run_plain_mm(*parts)
 

@@ -1,7 +1,8 @@
-"""What ``torch.compile`` runs on a CPU in place of the ops: ``int4q::cpu_linear``.
+"""What ``torch.compile`` runs in place of the ops: ``int4q::cpu_linear``, on a GPU their twins.
 
-The ops' own kernels are Python. In a graph that Inductor compiles (an AOTInductor package too) the
-arguments are checked and the gradients taken already, so the op that has a kernel in C++ does.
+The ops' derivatives are Python, and so are their kernels on a CPU. In a graph that Inductor
+compiles (an AOTInductor package too) the arguments are checked and the gradients taken already, so
+the op that has a kernel in C++ does.
 Exported programs keep the ops.
 """
 
@@ -17,7 +18,7 @@ from int4q.kernels import cpu, registry
 from int4q.kernels.cpu import core
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
-from int4q.ops import q4gsw, symmetric  # noqa: F401  (their ops are named below)
+from int4q.ops import cuda, experts, fp8, q4gsw, symmetric  # noqa: F401  (their ops are below)
 from int4q.ops.linear import turned
 
 _MANY_ROWS = 1 << 20
@@ -48,7 +49,8 @@ def _replace(op: torch._ops.OpOverload):
         @decomposition.register_decomposition(op)
         @functools.wraps(function)
         def replacement(*args, **kwargs):
-            result = function(*args, **kwargs)
+            twin = cuda.twin(op) if args[0].is_cuda else None
+            result = (twin or function)(*args, **kwargs)
             if result is NotImplemented:
                 _keep(op)
             return result
@@ -99,5 +101,12 @@ def _linear_q4gsw(x, weights, weight_scales, group_size, bias=None):
     weight = Weight(weights, weight_scales, None, group_size, signed=False)
     return _lowered("linear_q4gsw", x, weight, bias)
 
+
+def _as_it_is(*args, **kwargs):
+    return NotImplemented
+
+
+for _name in ("int4_bmm", "int4_grouped_mm", "int4_linear_fp8", "fp8_rows", "dequant_w4_to_bf16"):
+    _replace(getattr(torch.ops.int4q, _name).default)(_as_it_is)
 
 decomposition.fast_random_decomps.cache_clear()  # a copy of the table, if it was made already

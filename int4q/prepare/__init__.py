@@ -13,13 +13,23 @@ assignment, ..) meets it as it was given: it is put back for that long, and prep
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 from torch import nn
 
 from int4q import errors
 from int4q.prepare.fused import Fusing, unfuse
 from int4q.prepare.fused import fuse as fuse_layers
-from int4q.prepare.modules import EXPERTS, Prepared, as_given, hold, in_use, prepared, release
+from int4q.prepare.modules import (
+    EXPERTS,
+    HELD,
+    Prepared,
+    as_given,
+    hold,
+    in_use,
+    prepared,
+    release,
+)
 from int4q.prepare.parts import Parts
 from int4q.run import Int4SkipWarning, full_name, run_on
 from int4q.tensor.base import Int4TensorBase
@@ -65,8 +75,10 @@ def prepare_for_inference_(model: nn.Module, *, fuse: bool = False) -> nn.Module
         for module in modules:
             for name, reason in hold(module).items():
                 run.say(full_name(module, name), f"not prepared: {reason}")
+        holders = Counter(id(w) for m in prepared(model) for w in m.__dict__[HELD].values())
+        tied = {weight for weight, count in holders.items() if count > 1}
         for module in modules if fuse else ():
-            for names, reason in fuse_layers(module).items():
+            for names, reason in fuse_layers(module, tied).items():
                 run.say(full_name(module, "/".join(names)), f"not fused: {reason}")
         run.warn()
     if not any(map(_has_weights, model.modules())):

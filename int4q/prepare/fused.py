@@ -8,6 +8,7 @@ multiplied, so a layer that is called by other code, or with something else, mul
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ class Fused:
         if shares is None or shares[0] is not x or shares[1][i] is None:
             w: Any = self.parts if torch.compiler.is_compiling() else self.weight
             y = linear_along_groups(x, w, self._bias())
-            shares = x, list(y.split(self.rows, dim=-1))
+            # Nobody has y: what is done in place to one share is nothing to the others.
+            shares = x, list(torch.unsafe_split_with_sizes(y, self.rows, -1))
         share: Any = shares[1][i]
         shares[1][i] = None
         self._shares = None if all(s is None for s in shares[1]) else shares
@@ -171,8 +173,12 @@ def _empty(cls: Any) -> nn.Module:
     return fusing.__new__(fusing)
 
 
-def fuse(module: Any) -> dict[tuple[str, ...], str]:
+def fuse(module: Any, tied: Container[int]) -> dict[tuple[str, ...], str]:
     """Fuse the prepared layers of ``module`` that it calls with one activation.
+
+    Args:
+        module: any module.
+        tied: ``id`` of each weight that several modules hold: its parts are buffers of them all.
 
     Returns:
         Names of layers that read the same activation and stay apart, with the reason.
@@ -182,7 +188,12 @@ def fuse(module: Any) -> dict[tuple[str, ...], str]:
     for names in calls_of_one_input(cls) if "forward" not in module.__dict__ else ():
         for run in _runs(module, names):
             layers = tuple(run.values())
-            reason = "a layer is called elsewhere too" if _linked(layers) else reason_apart(layers)
+            if any(id(layer.weight) in tied for layer in layers):
+                reason: str | None = "a weight is another layer's too"
+            elif any(LINK in layer.__dict__ for layer in layers):
+                reason = "a layer is called elsewhere too"
+            else:
+                reason = reason_apart(layers)
             if reason is None:
                 groups.append(Fused(layers))
             else:
@@ -198,10 +209,6 @@ def unfuse(module: Any) -> None:
     for group in module.__dict__.pop(LINK):
         group.part()
     module.__class__ = module._given
-
-
-def _linked(layers: tuple[Any, ...]) -> bool:
-    return any(LINK in layer.__dict__ for layer in layers)
 
 
 def _runs(module: nn.Module, names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.kernels.fp8 import scaled_back
+from int4q.ops import run_stack
 from int4q.tensor.arguments import overrides, overrides_in_place
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.shape_ops import select_index, take, transpose
@@ -22,6 +23,8 @@ aten = torch.ops.aten
 
 def _autocast(x: Tensor) -> Tensor:
     """What a plain matmul does to its activation under ``torch.autocast``."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
@@ -163,8 +166,7 @@ def bmm(x: Tensor, w: Int4TensorBase) -> Tensor:
             f"{errors.dims(w.shape)} with block_size {w.block_size}",
         )
     weight = *w._weight_parts(), w.group_size
-    op = torch.ops.int4q.int4_bmm
-    return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
+    return _on_activation(x, w, lambda x, pre: run_stack("int4_bmm", x, *weight, pre))
 
 
 def grouped_mm(
@@ -201,8 +203,7 @@ def grouped_mm(
 def grouped_along_groups(x: Tensor, w: Int4TensorBase, offs: Tensor) -> Tensor:
     """:func:`grouped_mm` for a ``w`` grouped along the contracted dim, or what holds its parts."""
     weight = *w._weight_parts(), w.group_size, offs
-    op = torch.ops.int4q.int4_grouped_mm
-    return _on_activation(x, w, lambda x, act_pre_scale: op(x, *weight, act_pre_scale))
+    return _on_activation(x, w, lambda x, pre: run_stack("int4_grouped_mm", x, *weight, pre))
 
 
 # --- the functions of torch, each under its own parameter names -----------------------------------

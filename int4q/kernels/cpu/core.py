@@ -1,8 +1,8 @@
 """``int4q::cpu_linear``: the CPU product behind every op on a plain weight, as an op of its own.
 
-It exists so that it can have a kernel in C++ (``int4_core.cpp``, on torch's stable ABI), which
-costs a fraction of a Python kernel's host time and runs where there is no Python. The ops that
-users call stay what they are: their checks, their derivatives and the registry lead here
+It exists so that it can have a kernel in C++ (``core/cpu_linear.cpp``, on torch's stable ABI),
+which costs a fraction of a Python kernel's host time and runs where there is no Python. The ops
+that users call stay what they are: their checks, their derivatives and the registry lead here
 (:func:`linear`), and ``torch.compile`` puts this op in their place (:mod:`int4q.ops.lowering`).
 The Python kernel below is the definition, and what runs where the library was not built.
 """
@@ -11,60 +11,39 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from int4q._version import __version__
 from int4q.kernels import reference, registry
+from int4q.kernels.core import library
 from int4q.kernels.cpu import blocked, native
 from int4q.kernels.cpu.native import Product
-from int4q.kernels.registry import KernelPreference, Problem
+from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
-SWITCH = "INT4Q_CPU_CORE"
-"""Environment variable; ``0`` leaves the C++ kernel unused."""
-_PREFERENCES = (KernelPreference.AUTO, KernelPreference.TORCH)
-"""Those that kernels on a CPU meet. Compiled graphs call the C++ kernel under others too."""
 _LIBRARY = torch.library.Library("int4q", "FRAGMENT")
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, its kernel registered, or ``None`` and the reason why not; settled once."""
-    if os.environ.get(SWITCH) == "0":
-        return None, f"switched off by {SWITCH}=0"
-    found = sorted(Path(__file__).parent.glob("_int4_core*.so"))
-    if not found:
-        return None, (
-            "the C++ core was not built (pip install --no-build-isolation, with torch and a C++ "
-            "compiler)"
-        )
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        library.int4q_core_version.restype = ctypes.c_char_p
-        version = library.int4q_core_version().decode()
-    except (OSError, AttributeError) as error:
-        return None, f"the C++ core did not load: {error} (install int4q again)"
-    if version != __version__:
-        reason = f"the C++ core is of version {version}, not {__version__}"
-        return None, f"{reason} (install int4q again)"
+    """The core, its kernel registered, or ``None`` and the reason why not; settled once."""
+    core, reason = library.load()
+    if core is None:
+        return None, reason
     few_rows = Problem("int4_linear", "cpu", torch.float32, torch.float32, 1, 32, 32, 32)
     if reason := native.unsupported(few_rows):
         return None, reason
-    if library.int4q_core_register(0):
+    if core.int4q_core_register(0):
         return None, f"torch {torch.__version__} did not take the C++ core's kernel"
-    registry.watch(lambda choice: library.int4q_core_refuse(choice not in _PREFERENCES))
-    return library, None
+    return core, None
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why the C++ kernel cannot run ``problem`` (for any M), or ``None``."""
     if problem.dtype not in native.DECODE_MAX_M:
         return f"takes bfloat16, float16 and float32 activations, not {problem.dtype}"
-    if registry.preference() not in _PREFERENCES:
+    if registry.preference() not in library.CPU_PREFERENCES:
         return f"every kernel on a CPU is torch's, not {registry.preference().value}'s"
     return load()[1] or native.unsupported_weight(problem)
 

@@ -41,8 +41,8 @@ from int4q.kernels.launch.planner import (
     ROW_UNIT,
     TYPE_CODES,
     Parts,
-    Plan,
     Planner,
+    Product,
     unsupported_weight,
 )
 from int4q.kernels.registry import Problem
@@ -115,7 +115,7 @@ def _defines(parts: Parts, bits: int, dependent: bool) -> dict[str, int]:
     }
 
 
-class _Plan(Plan):
+class _Product(Product):
     """One kernel, or one that quantises x in front of it."""
 
     def __init__(
@@ -191,7 +191,7 @@ class _Plan(Plan):
         self.launch(module, "int4_decode", grid, 32 * config.warps, ring.shared_bytes(config))
 
 
-linear = Planner("the CUDA decode kernels", unsupported, _Plan)
+linear = Planner("the CUDA decode kernels", unsupported, _Product)
 """For at most 16 rows. ``activation``: ``torch.bfloat16`` (W4A16) or ``torch.int8`` (W4A8);
 ``config``: how the work is cut, by shape if not given. ``act_pre_scale`` multiplies x in float32.
 """

@@ -19,7 +19,7 @@ from int4q.kernels.cuda import decode
 from int4q.kernels.cuda.decode_config import Config
 from int4q.kernels.cuda.ring import STEP_K, Ring, Scales
 from int4q.kernels.launch import nvrtc
-from int4q.kernels.launch.planner import ROW_UNIT, TYPE_CODES, Parts, Plan, Planner
+from int4q.kernels.launch.planner import ROW_UNIT, TYPE_CODES, Parts, Planner, Product
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
@@ -66,7 +66,7 @@ def _unsupported_stack(problem: Problem) -> str | None:
     return f"N={problem.N} must be a multiple of {ROW_UNIT}" if problem.N % ROW_UNIT else None
 
 
-class _Plan(Plan):
+class _Product(Product):
     """The kernel that quantises x and writes the plan of blocks, and the product."""
 
     def __init__(self, parts: Parts, even: bool, config: Config | None, rows: int | None):
@@ -97,7 +97,7 @@ class _Plan(Plan):
         self.launch(module, "int4_decode", grid, 32 * config.warps, ring.shared_bytes(config))
 
 
-_planner = Planner("the CUDA kernels over experts", _unsupported_stack, _Plan, ndim=3)
+_planner = Planner("the CUDA kernels over experts", _unsupported_stack, _Product, ndim=3)
 
 
 def _grouped(

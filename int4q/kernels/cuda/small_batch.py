@@ -27,8 +27,8 @@ from int4q.kernels.launch.planner import (
     ROW_UNIT,
     TYPE_CODES,
     Parts,
-    Plan,
     Planner,
+    Product,
     unsupported_weight,
 )
 from int4q.kernels.registry import Problem
@@ -159,7 +159,7 @@ def defines(
     }
 
 
-class _Plan(Plan):
+class _Product(Product):
     """One kernel that arranges x, and the product."""
 
     def __init__(self, parts: Parts, config: Config | None = None):
@@ -192,5 +192,5 @@ class _Plan(Plan):
         self.launch(module, "int4_small_batch", grid, block, shared)
 
 
-linear = Planner("the CUDA small-batch kernel", unsupported, _Plan)
+linear = Planner("the CUDA small-batch kernel", unsupported, _Product)
 """For at most 64 rows. ``config``: how the work is cut, by shape if not given."""

@@ -1,23 +1,21 @@
 """The host half of the CUDA C++ linear kernels: argument checks, copies that make odd layouts fit,
-the parameter block, and the cache of plans.
+and the parameter block.
 
-A kernel module makes one :class:`Planner`. A call then is a dictionary lookup and the launches of
-the plan found there: everything that depends on shapes, strides, dtypes and alignment only was
-worked out at the first call of its kind.
+A kernel module makes one :class:`Planner` of a :class:`Product`: what a call of one kind compiles
+and launches. From the second call on it is replayed (:mod:`int4q.kernels.launch.record`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from int4q.kernels.launch import nvrtc
+from int4q.kernels.launch import nvrtc, record
+from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
@@ -27,15 +25,15 @@ TYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ROW_UNIT = 4
 """Rows are dealt to thread blocks in units of 4, which keeps scale copies of 8 bytes aligned."""
 
-# The kernels' `Params`: eight pointers, filled at every call, then what a plan fixes; those over
-# experts have the pointer to the experts' end rows next, and more that is fixed.
-_POINTERS = struct.Struct("=8Q")
+# The kernels' `Params`: eight pointers, then numbers; those over experts have the pointer to the
+# experts' end rows next, and more numbers.
+_POINTERS_BYTES = 64
 _FIXED = struct.Struct("=4q10i")
-_OFFS_AT = _POINTERS.size + _FIXED.size
+_OFFS_AT = _POINTERS_BYTES + _FIXED.size
 
 
 class Parts(NamedTuple):
-    """The arguments of a call: x ``[.., K]`` (for a plan ``[M, K]``), bias ``[N]``,
+    """The arguments of a call: x ``[.., K]`` (for a product ``[M, K]``), bias ``[N]``,
     pre_scale ``[K]``."""
 
     x: Tensor
@@ -60,11 +58,11 @@ def unsupported_weight(problem: Problem) -> str | None:
     return None
 
 
-class Plan:
-    """What calls of one kind share: compiled kernels, grids, the parameter block.
+class Product:
+    """One call: compiled kernels, grids, the parameter block.
 
-    A kernel's own plan derives from this: it sets ``scratch_bytes``, calls :meth:`fix` and
-    appends to ``launches``.
+    A kernel's own derives from this: it sets ``scratch_bytes``, calls :meth:`fix` and then
+    :meth:`launch`, which notes a launch for :meth:`run`.
     """
 
     def __init__(self, parts: Parts):
@@ -72,9 +70,8 @@ class Plan:
         self.device, self.dtype, self.index = x.device, x.dtype, x.device.index
         self.shape = x.shape[0], weight.N
         self.scratch_bytes = 0
-        self.launches: list[nvrtc.Launch] = []
-        self.params: ctypes.Array[ctypes.c_char]  # what `fix` makes
-        self._lock = threading.Lock()
+        self._fixed = b""
+        self._launches: list[tuple[int, int, int, int]] = []
 
     @property
     def dependent(self) -> bool:
@@ -89,14 +86,10 @@ class Plan:
         stack: bytes = b"",
         row_unit: int = ROW_UNIT,
     ) -> None:
-        """Fill in the parameters that all calls share; ``stack``: those over experts."""
+        """Fill in the parameters that are no addresses; ``stack``: those over experts."""
         x, weight, bias, pre_scale = parts
         qdata, scale = weight.qdata, weight.scale
-        block = bytes(_OFFS_AT) + (bytes(8) + stack if stack else b"")
-        self.params = ctypes.create_string_buffer(block, len(block))
-        _FIXED.pack_into(
-            self.params,
-            _POINTERS.size,
+        self._fixed = _FIXED.pack(
             *(qdata.stride(-2), scale.stride(-1), scale.stride(-2), x.stride(0)),
             *(x.shape[0], weight.N, weight.K),
             *(row_unit, units_per_block, extra_units),
@@ -105,48 +98,46 @@ class Plan:
             int(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0),
             0,
         )
+        if stack:
+            self._fixed += bytes(8) + stack
 
     def launch(
         self, module: nvrtc.Module, name: str, grid: int, block: int, shared_bytes: int = 0
     ) -> None:
-        """Append a launch of the kernel ``name``; :meth:`fix` comes first."""
-        self.launches.append(
-            module.prepare(name, grid, block, shared_bytes, self.params, self.dependent)
-        )
+        """Launch the kernel ``name`` in :meth:`run`."""
+        self._launches.append((module.function(name, shared_bytes), grid, block, shared_bytes))
 
-    def __call__(self, pointers: tuple[int, ...], offs: int = 0) -> Tensor:
+    def run(self, parts: Parts, offs: Tensor | None) -> Tensor:
+        """The launches, into new memory: ``[M, N]``."""
+        x, weight, bias, pre_scale = parts
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        if not self.launches:
+        if not self._launches:
             return out
-        if torch._C._cuda_getDevice() == self.index:
-            self._run(out, pointers, offs)
-        else:
-            with torch.cuda.device(self.index):
-                self._run(out, pointers, offs)
-        return out
-
-    def _run(self, out: Tensor, pointers: tuple[int, ...], offs: int) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        table = 0
+        table = None
         if self.scratch_bytes:
-            # From the caching allocator: streams never share it, and a graph keeps its own.
-            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
-            table = scratch.data_ptr()
-        with self._lock:
-            _POINTERS.pack_into(self.params, 0, *pointers, out.data_ptr(), table)
-            if len(self.params) > _OFFS_AT:
-                struct.pack_into("=Q", self.params, _OFFS_AT, offs)
-            for launch in self.launches:
-                launch(stream)
+            table = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
+        zeros = weight.scale if weight.zero_point is None else weight.zero_point
+        tensors = weight.qdata, weight.scale, zeros, x, bias, pre_scale, out, table
+        places = [*((8 * i, tensor) for i, tensor in enumerate(tensors)), (_OFFS_AT, offs)]
+        pointers = tuple(
+            (at, Address(ABSOLUTE, tensor.data_ptr()))
+            for at, tensor in places
+            if tensor is not None
+        )
+        parameters = bytes(_POINTERS_BYTES) + self._fixed
+        for function, grid, block, shared_bytes in self._launches:
+            shape = (grid, 1, 1), block, shared_bytes, self.dependent
+            record.launch(Launch(function, *shape, parameters, (0,), pointers), self.index)
+        return out
 
 
 class Planner:
-    """Runs a kernel through plans that are made once.
+    """Checks the arguments of a kernel, makes them fit and runs it.
 
     Args:
         title: of the kernels, for messages.
         unsupported: why a problem cannot be run, or ``None``.
-        make: ``(parts, **choices)`` -> a :class:`Plan`.
+        make: ``(parts, **choices)`` -> a :class:`Product`.
         ndim: dims of the weight: 2, or 3 for a stack.
     """
 
@@ -154,11 +145,11 @@ class Planner:
         self,
         title: str,
         unsupported: Callable[[Problem], str | None],
-        make: Callable[..., Plan],
+        make: Callable[..., Product],
         ndim: int = 2,
     ):
         self._title, self._unsupported, self._make, self._ndim = title, unsupported, make, ndim
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._planned = record.planned(self._run)
 
     def __call__(
         self,
@@ -183,48 +174,14 @@ class Planner:
         Raises:
             TypeError, ValueError: arguments that do not fit together, or that the kernel lacks.
         """
-        qdata, scale, zero_point, group_size, signed = weight
-        zeros = scale if zero_point is None else zero_point
-        pointers = (
-            qdata.data_ptr(),
-            scale.data_ptr(),
-            zeros.data_ptr(),
-            x.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if act_pre_scale is None else act_pre_scale.data_ptr(),
-        )
-        key = (
-            x.shape,
-            x.stride(),
-            x.dtype,
-            x.device,
-            qdata.shape,
-            qdata.stride(),
-            scale.shape,
-            scale.stride(),
-            scale.dtype,
-            zeros.dtype,
-            zeros.shape,
-            zeros.stride(),
-            group_size,
-            signed,
-            _kind(bias),
-            _kind(act_pre_scale),
-            pointers[0] & 15,
-            (pointers[1] | pointers[2]) & 15,
-            pointers[3] & 15,
-            *choices.values(),
-        )
-        plan = self._plans.get(key)
-        if plan is None:
-            given = Parts(x, weight, bias, act_pre_scale)
-            self._check(given)
-            parts = _fit(given)
-            if any(a is not b for a, b in zip(_tensors(parts), _tensors(given), strict=True)):
-                out = self(*parts, offs=offs, **choices)
-                return out.view(*x.shape[:-1], weight.N)
-            plan = self._plans[key] = self._make(parts, **choices)
-        return plan(pointers, 0 if offs is None else offs.data_ptr())
+        out: Tensor = self._planned(Parts(x, weight, bias, act_pre_scale), offs, **choices)
+        return out
+
+    def _run(self, given: Parts, offs: Tensor | None, **choices: Any) -> Tensor:
+        self._check(given)
+        parts = _fit(given)
+        out = self._make(parts, **choices).run(parts, offs)
+        return out.view(*given.x.shape[:-1], given.weight.N)
 
     def _check(self, parts: Parts) -> None:
         """Raises on arguments that no copy could make fit."""
@@ -280,16 +237,8 @@ class Planner:
                 raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
-def _kind(tensor: Tensor | None) -> tuple[object, ...] | None:
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _tensors(parts: Parts) -> tuple[Tensor | None, ...]:
-    return parts.x, *parts.weight[:3], parts.bias, parts.pre_scale
-
-
 def _fit(parts: Parts) -> Parts:
-    """The parts as a plan takes them, each the same object where it fits already: x 2-D, unit
+    """The parts as a product takes them, each the same object where it fits already: x 2-D, unit
     strides, qdata rows on 16-byte boundaries, zero_point lying as scale does."""
     x, weight, bias, pre_scale = parts
     qdata, scale, zero_point = weight[:3]

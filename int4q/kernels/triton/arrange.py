@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from int4q.kernels.launch.replay import Call
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton.common import INTERPRET, rounded, wait_for_producer
 
 
@@ -75,22 +75,19 @@ def arrange_activation(
     act_pre_scale: Tensor | None,
     counters: Tensor | None,
     pdl: bool = False,
-    call: Call | None = None,
 ) -> Tensor:
     """``x [M, K]`` (times ``act_pre_scale [K]``) as ``[4, M, K/4]``; entry i, m, j is x[m, 4j+i].
 
     Also zeroes ``counters``, which a split-K kernel launched after it counts arrivals in. With
-    ``pdl`` the kernel after may start early and must wait before it reads any of the two. ``call``
-    is the builder's, where one asks (replay.py).
+    ``pdl`` the kernel after may start early and must wait before it reads any of the two.
     """
-    call = call or Call((x, act_pre_scale))
     M, K = x.shape
     # (K/4 is an argument of the kernel, here and elsewhere, because only arguments are known to be
     # multiples of 16, and without that no access is wide.)
-    arranged = call.empty((4, M, K // 4), x.dtype, x.device)
+    arranged = x.new_empty((4, M, K // 4))
     block_j = 64 if M * K < 1 << 18 else 256
     block_m = 1 if M * K < 1 << 20 else 4
-    call.launch(
+    launch(
         _arrange_kernel, triton.cdiv(K // 4, block_j) * triton.cdiv(M, block_m),
         x, x if act_pre_scale is None else act_pre_scale.contiguous(), arranged,
         counters if counters is not None else arranged,

@@ -15,18 +15,13 @@ put in the same order once a call (arrange.py), so fragments need no shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from int4q.kernels.launch import replay
-from int4q.kernels.launch.replay import INTERPRET
-from int4q.kernels.triton import tuned
-from int4q.kernels.weight import Weight
+from int4q.kernels.launch.triton_launch import INTERPRET
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_DTYPE = {
@@ -55,7 +50,6 @@ def _repair_interpreter() -> None:
 if INTERPRET:
     _repair_interpreter()
 
-tuned.on_change(replay.clear)  # a plan was built with the tiles of its time
 
 
 # --- why a problem cannot run -----------------------------------------------------------------
@@ -302,26 +296,3 @@ def matched_groups(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Te
 def has_launch_overlap(device: torch.device) -> bool:
     """Whether the device supports programmatic dependent launch (compute capability 9.0+)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-# --- calls ------------------------------------------------------------------------------------
-
-
-def linear_of(build: Callable[..., None]) -> Callable[..., Tensor]:
-    """``(x * act_pre_scale) @ W.T + bias`` out of what launches it.
-
-    Args:
-        build: ``(call, x, qdata, scale, zero_point, bias, act_pre_scale, group_size, signed,
-            config)``, a builder of :mod:`int4q.kernels.launch.replay`.
-
-    Returns:
-        ``linear(x, weight, bias=None, act_pre_scale=None, config=None) -> [M, N]`` in the dtype of
-        x, for x ``[M, K]`` bfloat16, float16 or float32 of any strides, bias ``[N]``,
-        act_pre_scale ``[K]``, and a tile (by default the table's).
-    """
-
-    def linear(x: Tensor, weight: Weight, bias=None, act_pre_scale=None, config=None) -> Tensor:
-        parts = x, weight.qdata, weight.scale, weight.zero_point, bias, act_pre_scale
-        return replay.run(build, parts, weight.group_size, weight.signed, config)
-
-    return linear

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from int4q.kernels.launch import replay
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
@@ -99,7 +100,10 @@ def _dequantize_kernel(
         tl.store(target, values, mask=(rows < N)[:, None] & (k < K)[None, :])
 
 
-def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> None:
+@planned
+def dequantize_into(weight: Weight, out: Tensor, config: DequantizeConfig | None = None) -> None:
+    """:func:`dequantize` into ``out [N, K]``, contiguous, of the dtype wanted."""
+    packed, scale, zero_point, group_size, signed = weight
     N, K = out.shape
     if out.numel() == 0:
         return
@@ -109,7 +113,7 @@ def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> 
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
-    call.launch(
+    launch(
         _dequantize_kernel, triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),
         packed, scale, zero, out,
         N, K, K // group_size, packed.stride(0), *scale.stride(), *zero.stride(),
@@ -120,13 +124,7 @@ def _build(call, packed, scale, zero_point, out, group_size, signed, config) -> 
     )  # fmt: skip
 
 
-def dequantize_into(weight: Weight, out: Tensor, config: DequantizeConfig | None = None) -> Tensor:
-    """:func:`dequantize` into ``out [N, K]``, contiguous, of the dtype wanted; returns it."""
-    parts = weight.qdata, weight.scale, weight.zero_point, out
-    replay.run(_build, parts, weight.group_size, weight.signed, config)
-    return out
-
-
+@planned
 def dequantize(
     weight: Weight, dtype: torch.dtype, config: DequantizeConfig | None = None
 ) -> Tensor:
@@ -140,7 +138,8 @@ def dequantize(
         ``[N, K]``.
     """
     out = torch.empty((weight.N, weight.K), dtype=dtype, device=weight.qdata.device)
-    return dequantize_into(weight, out, config)
+    dequantize_into(weight, out, config)
+    return out
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -151,6 +150,7 @@ def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias.to(x.dtype), x, w.t(), out=out)
 
 
+@planned
 def linear(
     x: Tensor, weight: Weight, bias: Tensor | None = None, act_pre_scale: Tensor | None = None
 ) -> Tensor:
@@ -169,11 +169,13 @@ def linear(
     step = min(N, -(-N // (n_slices * 256)) * 256)
     scratch = x.new_empty((step, K))
     if step == N:
-        _product(x, dequantize_into(weight, scratch), bias, out)
+        dequantize_into(weight, scratch)
+        _product(x, scratch, bias, out)
         return out
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
-        part = dequantize_into(weight.rows(rows), scratch[: rows.stop - start])
+        part = scratch[: rows.stop - start]
+        dequantize_into(weight.rows(rows), part)
         _product(x, part, None if bias is None else bias[rows], out[:, rows])
     return out
 

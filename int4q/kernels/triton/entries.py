@@ -7,11 +7,13 @@ import importlib.util
 import os
 
 from int4q.kernels import registry
+from int4q.kernels.launch import record
 from int4q.kernels.launch.lazy import lazy, module, on_its_device
 from int4q.kernels.registry import Kernel, KernelPreference, Problem
 from int4q.kernels.triton import tuned
 
 tuned.on_change(registry.route.cache_clear)
+tuned.on_change(record.clear)  # a plan was made with the tiles of its time
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
@@ -91,8 +92,8 @@ def _grouped(x: Tensor, rows: Rows, weight: Weight, act_pre_scale: Tensor | None
     words, pitch = flat_words(weight.qdata)
     scale, zero = matched_groups(weight.scale, weight.zero_point)
     tiles = rows.max_blocks(config.block_m) * triton.cdiv(N, config.block_n)
-    _experts_kernel[(tiles,)](
-        arranged, words, scale, zero, out, plan,
+    launch(
+        _experts_kernel, tiles, arranged, words, scale, zero, out, plan,
         T, N, K, K // 4, K // weight.group_size, pitch, words.stride(0),
         *scale.stride(), *zero.stride(),
         GROUP_SIZE=weight.group_size, ON_GPU=not INTERPRET, PDL=pdl,
@@ -185,8 +186,8 @@ def _grouped_grad(grad: Tensor, rows: Rows, weight: Weight) -> Tensor:
     words, pitch = flat_words(weight.qdata)
     scale, zero = matched_groups(weight.scale, weight.zero_point)
     tiles = rows.max_blocks(config.block_m) * triton.cdiv(K, config.block_k)
-    _experts_grad_kernel[(tiles,)](
-        grad, words, scale, zero, out, plan,
+    launch(
+        _experts_grad_kernel, tiles, grad, words, scale, zero, out, plan,
         T, N, K, K // 4, K // weight.group_size, pitch, *grad.stride(), words.stride(0),
         *scale.stride(), *zero.stride(),
         GROUP_SIZE=weight.group_size, ON_GPU=not INTERPRET,

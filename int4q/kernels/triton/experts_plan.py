@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton.arrange import arrange_tile, zero_counters
 from int4q.kernels.triton.common import INTERPRET, tile_of, wait_for_producer
 from int4q.kernels.weight import Weight
@@ -160,7 +162,8 @@ def plan_experts(
     if arrange:
         arranged = torch.empty((4, T, K // 4), dtype=x.dtype, device=x.device)
         programs = triton.cdiv(K // 4, block_j) * triton.cdiv(T, rows_a_program)
-    _arrange_experts_kernel[(programs,)](
+    launch(
+        _arrange_experts_kernel, programs,
         x, x if act_pre_scale is None else act_pre_scale.contiguous(),
         out if arranged is None else arranged, plan if rows.offs is None else rows.offs, plan,
         plan if counters is None else counters, out,
@@ -237,10 +240,12 @@ def products(rows_times: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], 
         * more (``act_pre_scale [K]``, which multiplies x first) goes to ``rows_times``.
     """
 
+    @planned
     def grouped(x: Tensor, weight: Weight, offs: Tensor, *rest) -> Tensor:
         rows = Rows(x.shape[0], weight.qdata.shape[0], offs.contiguous())
         return rows_times(x, rows, weight, *rest)
 
+    @planned
     def batched(x: Tensor, weight: Weight, *rest) -> Tensor:
         rows = Rows(x.shape[0] * x.shape[1], x.shape[0])
         y = rows_times(x.flatten(0, 1), rows, weight, *rest)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.reference import FP8_MAX, FP8_SMALLEST_AMAX, fp8_values_dtype
 from int4q.kernels.triton.common import FLOATS, INTERPRET, rounded
 
@@ -73,6 +75,7 @@ def _fp8_rows_kernel(
         tl.store(values_ptr + row * K + k, value.to(values_ptr.dtype.element_ty), mask=k < K)
 
 
+@planned
 def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`reference.fp8_rows`, bit for bit.
 
@@ -91,8 +94,8 @@ def fp8_rows(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Te
     factor = x if act_pre_scale is None else act_pre_scale.reshape(-1).to(x.dtype).contiguous()
     block = min(triton.next_power_of_2(K), 4096)
     # No fused multiply-add: x * inverse is rounded before it is rounded to e4m3.
-    _fp8_rows_kernel[(M,)](
-        x, factor, values, rows, K, *x.stride(),
+    launch(
+        _fp8_rows_kernel, M, x, factor, values, rows, K, *x.stride(),
         LARGEST=FP8_MAX, SMALLEST=FP8_SMALLEST_AMAX, HAS_PRE_SCALE=act_pre_scale is not None,
         ON_GPU=not INTERPRET, BLOCK=block, num_warps=8 if block >= 2048 else 4,
         enable_fp_fusion=False,

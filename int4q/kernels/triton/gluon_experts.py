@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import matched_groups
 from int4q.kernels.triton.experts_plan import (
@@ -57,7 +58,8 @@ def _grouped(
     )
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
-    _stream_kernel[(config.programs,)](
+    launch(
+        _stream_kernel, config.programs,
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
         scale, zero, out, out, partial, counters, plan,

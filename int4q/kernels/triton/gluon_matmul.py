@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -27,13 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.arrange import arrange_activation
 from int4q.kernels.triton.common import (
     INTERPRET,
     as_words,
     group_of_step,
-    linear_of,
     load_groups,
     matched_groups,
     scaled,
@@ -55,6 +57,8 @@ from int4q.kernels.triton.gluon_tile import (
     spread_layout,
     spread_operand,
 )
+from int4q.kernels.triton.tiles import StreamConfig
+from int4q.kernels.weight import Weight
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -287,14 +291,31 @@ def _stream_kernel(
 # --- calls ------------------------------------------------------------------------------------
 
 
-def _build(
-    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
-) -> None:
+@planned
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    config: StreamConfig | None = None,
+) -> Tensor:
+    """``(x * act_pre_scale) @ W.T + bias``, weights rounded to the dtype of x, which has 16 bits.
+
+    Args:
+        x: ``[M, K]`` bfloat16, float16 or float32, any strides.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``.
+        config: the tile, by default the table's.
+
+    Returns:
+        ``[M, N]`` in the dtype of x.
+    """
+    packed, scale, zero_point, group_size, signed = weight
     M, N, K = x.shape[0], packed.shape[0], x.shape[1]
-    out = call.result((M, N))
+    out = x.new_empty((M, N))
     if out.numel() == 0:
-        return
-    words = call.view(as_words(packed), packed)
+        return out
+    words = as_words(packed)
     if not fits_tma(words):
         words = words.clone(memory_format=torch.contiguous_format)
     scale, zero = matched_groups(scale, zero_point)
@@ -307,13 +328,13 @@ def _build(
         steps = tiles * triton.cdiv(K, config.block_k)
         programs = min(config.programs, max(1, steps // config.min_steps))
         shape = 2 * programs, config.block_n, config.block_m
-        partial = call.empty(shape, torch.float32, x.device)
-        counters = call.empty((tiles,), torch.int32, x.device)
-    arranged = arrange_activation(x, act_pre_scale, counters, pdl=True, call=call)
+        partial = x.new_empty(shape, dtype=torch.float32)
+        counters = x.new_empty((tiles,), dtype=torch.int32)
+    arranged = arrange_activation(x, act_pre_scale, counters, pdl=True)
     block_j = config.block_k // 4
     groups = max(1, config.block_k // group_size)
     staged = staged and config.stage_scales and config.num_stages > 2
-    call.launch(
+    launch(
         _stream_kernel, programs,
         descriptor(words, [config.block_n, block_j]),
         descriptor(arranged, [4, config.block_m, block_j]),
@@ -328,7 +349,4 @@ def _build(
         GROUP=group_layout(config.block_n, config.num_warps, groups),
         num_warps=config.num_warps, launch_pdl=True, maxnreg=config.max_registers,
     )  # fmt: skip
-
-
-linear = linear_of(_build)
-"""Weights are rounded to the dtype of x, which has 16 bits."""
+    return out

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.arrange import arrange_activation
 from int4q.kernels.triton.common import (
@@ -22,7 +24,6 @@ from int4q.kernels.triton.common import (
     as_words,
     group_of_step,
     has_launch_overlap,
-    linear_of,
     load_groups,
     matched_groups,
     scaled,
@@ -35,6 +36,7 @@ from int4q.kernels.triton.common import (
     with_bias,
 )
 from int4q.kernels.triton.tiles import MatmulConfig
+from int4q.kernels.weight import Weight
 
 
 def unsupported(problem) -> str | None:
@@ -165,25 +167,44 @@ def _config(M: int, N: int, K: int, x: Tensor, group_size: int) -> MatmulConfig:
     return config
 
 
-def _build(
-    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
-) -> None:
+@planned
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    config: MatmulConfig | None = None,
+) -> Tensor:
+    """``(x * act_pre_scale) @ W.T + bias``, weights rounded to the dtype of x.
+
+    Products of float32 are three TF32 ones (2^-22).
+
+    Args:
+        x: ``[M, K]`` bfloat16, float16 or float32, any strides.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``.
+        config: the tile, by default the table's.
+
+    Returns:
+        ``[M, N]`` in the dtype of x.
+    """
+    packed, scale, zero_point, group_size, signed = weight
     M, N, K = x.shape[0], packed.shape[0], x.shape[1]
-    out = call.result((M, N))
+    out = x.new_empty((M, N))
     if out.numel() == 0:
-        return
+        return out
     config = config or _config(M, N, K, x, group_size)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     split_k = config.split_k
     partial, counters = out, None
     if split_k > 1:
-        partial = call.empty((split_k, N, M), torch.float32, x.device)
-        counters = call.empty((tiles,), torch.int32, x.device)
+        partial = x.new_empty((split_k, N, M), dtype=torch.float32)
+        counters = x.new_empty((tiles,), dtype=torch.int32)
     pdl = has_launch_overlap(x.device)
-    arranged = arrange_activation(x, act_pre_scale, counters, pdl, call)
-    words = call.view(as_words(packed), packed)
+    arranged = arrange_activation(x, act_pre_scale, counters, pdl)
+    words = as_words(packed)
     scale, zero = matched_groups(scale, zero_point)
-    call.launch(
+    launch(
         _gemm_kernel, tiles * split_k,
         arranged, words, scale, zero, out if bias is None else bias.contiguous(), out, partial,
         out if counters is None else counters,
@@ -194,7 +215,4 @@ def _build(
         SPLIT_K=split_k, GROUP_M=config.group_m, STAGES=config.num_stages,
         num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
-
-
-linear = linear_of(_build)
-"""Weights are rounded to the dtype of x; float32 products are three TF32 ones (2^-22)."""
+    return out

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
     group_of_step,
-    linear_of,
     load_groups,
     matched_groups,
     rounded,
@@ -23,6 +25,8 @@ from int4q.kernels.triton.common import (
     unsupported_anywhere,
     with_bias,
 )
+from int4q.kernels.triton.tiles import MatvecConfig
+from int4q.kernels.weight import Weight
 
 
 def unsupported(problem) -> str | None:
@@ -75,18 +79,35 @@ def _matvec_kernel(
     tl.store(out_ptr + rows, y, mask=rows < N)
 
 
-def _build(
-    call, x, packed, scale, zero_point, bias, act_pre_scale, group_size, signed, config
-) -> None:
+@planned
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    config: MatvecConfig | None = None,
+) -> Tensor:
+    """``(x * act_pre_scale) @ W.T + bias`` for one row (M is 1); weights in float32.
+
+    Args:
+        x: ``[M, K]`` bfloat16, float16 or float32, any strides.
+        bias: ``[N]``.
+        act_pre_scale: ``[K]``.
+        config: the tile, by default the table's.
+
+    Returns:
+        ``[M, N]`` in the dtype of x.
+    """
+    packed, scale, zero_point, group_size, signed = weight
     N, K = packed.shape[0], x.shape[1]
-    out = call.result((x.shape[0], N))
+    out = x.new_empty((x.shape[0], N))
     if out.numel() == 0:
-        return
+        return out
     if packed.stride(1) != 1:
         packed = packed.contiguous()
     config = config or tuned.matvec_config(N, K, x.device)
     scale, zero = matched_groups(scale, zero_point)
-    call.launch(
+    launch(
         _matvec_kernel, triton.cdiv(N, config.block_n),
         x, x if act_pre_scale is None else act_pre_scale.contiguous(), packed, scale, zero,
         x if bias is None else bias.contiguous(), out,
@@ -96,7 +117,4 @@ def _build(
         ON_GPU=not INTERPRET, BLOCK_N=config.block_n, BLOCK_H=config.block_h,
         num_warps=config.num_warps,
     )  # fmt: skip
-
-
-linear = linear_of(_build)
-"""Of one row; weights in float32."""
+    return out

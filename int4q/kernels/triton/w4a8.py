@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from int4q.kernels.launch.record import planned
+from int4q.kernels.launch.triton_launch import launch
 from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
@@ -110,7 +112,8 @@ def quantize_activation(
     M, blocks = x.shape[0], x.shape[1] // BLOCK
     values = torch.empty((M, 2, blocks, 4), dtype=torch.int32, device=x.device)
     factors = torch.empty((M, 2, blocks), dtype=torch.float32, device=x.device)
-    _quantize_kernel[(triton.cdiv(blocks, 8), M)](
+    launch(
+        _quantize_kernel, (triton.cdiv(blocks, 8), M),
         x, x if act_pre_scale is None else act_pre_scale.contiguous(), values, factors,
         blocks, *x.stride(), HAS_PRE_SCALE=act_pre_scale is not None, PDL=pdl, BLOCK_B=8,
         num_warps=2, launch_pdl=pdl,
@@ -270,6 +273,7 @@ def _as_blocks(qdata: Tensor) -> Tensor:
     return qdata.view(torch.int32)
 
 
+@planned
 def linear(
     x: Tensor,
     weight: Weight,
@@ -299,7 +303,8 @@ def linear(
     values, factors = quantize_activation(x, act_pre_scale, pdl)
     words = _as_blocks(weight.qdata)
     scale, zero = matched_groups(weight.scale, weight.zero_point)
-    _w4a8_kernel[(triton.cdiv(N, config.block_n),)](
+    launch(
+        _w4a8_kernel, triton.cdiv(N, config.block_n),
         values, factors, words, scale, zero, out if bias is None else bias.contiguous(), out,
         out if sums is None else sums,
         N, K // BLOCK, words.stride(0) // 4, *scale.stride(), *zero.stride(), 1,

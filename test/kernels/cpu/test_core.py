@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import int4q
 from int4q import Int4Tensor, kernel_preference
+from int4q.kernels.core import library
 from int4q.kernels.cpu import core, libraries, native
 from int4q.kernels.registry import KernelPreference
 from int4q.kernels.weight import Weight
@@ -278,34 +279,34 @@ def test_autocast():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
-    monkeypatch.delenv(core.SWITCH, raising=False)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.delenv(library.SWITCH, raising=False)
     return tmp_path
 
 
 def test_a_library_that_was_not_built_is_a_reason(folder):
-    library, reason = core.load.__wrapped__()
-    assert library is None and "not built" in reason
+    loaded, reason = library.load.__wrapped__()
+    assert loaded is None and "not built" in reason
 
 
 def test_a_broken_library_is_a_reason(folder):
     (folder / "_int4_core.so").write_bytes(b"not a library")
-    library, reason = core.load.__wrapped__()
-    assert library is None and "did not load" in reason
+    loaded, reason = library.load.__wrapped__()
+    assert loaded is None and "did not load" in reason
 
 
 @needs_core
 def test_a_library_of_another_version_is_refused(folder, monkeypatch):
     shutil.copy(_library._name, folder / "_int4_core.so")
-    monkeypatch.setattr(core, "__version__", "9.9")
-    library, reason = core.load.__wrapped__()
-    assert library is None and f"version {int4q.__version__}, not 9.9" in reason
+    monkeypatch.setattr(library, "__version__", "9.9")
+    loaded, reason = library.load.__wrapped__()
+    assert loaded is None and f"version {int4q.__version__}, not 9.9" in reason
 
 
 def test_the_switch(monkeypatch):
-    monkeypatch.setenv(core.SWITCH, "0")
-    library, reason = core.load.__wrapped__()
-    assert library is None and core.SWITCH in reason
+    monkeypatch.setenv(library.SWITCH, "0")
+    loaded, reason = library.load.__wrapped__()
+    assert loaded is None and library.SWITCH in reason
     with without_core():
         assert libraries() == {"CPU kernels": native.load()[1], "C++ core": core.load()[1]}
         assert libraries()["C++ core"] is not None
@@ -318,6 +319,16 @@ def test_the_preference_is_watched(monkeypatch):
         raise KeyError
     auto, torch_, triton = (KernelPreference(p) for p in ("auto", "torch", "triton"))
     assert seen == [triton, torch_, triton, auto]
+
+
+@needs_core
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_a_static_library_of_the_compiler_stays_private():
+    """Else half of its symbols are those of the shared one in the process, and messages crash."""
+    command = ["nm", "-D", "--defined-only", "--format=just-symbols", _library._name]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "int4q_core_version" in names
+    assert not {"__cxa_throw", "__cxa_begin_catch", "_ZNSo9_M_insertIlEERSoT_"} & {*names}
 
 
 SUITES = [
@@ -341,7 +352,7 @@ def test_everything_works_without_it(suite):
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, core.SWITCH: "0"},
+        env={**os.environ, library.SWITCH: "0"},
         capture_output=True,
         text=True,
     )

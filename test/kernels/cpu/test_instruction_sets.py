@@ -54,4 +54,4 @@ def program(tmp_path_factory):
 @pytest.mark.parametrize("cpu", ["cortex-a53", "neoverse-n1"], ids=["neon", "dotprod"])
 def test_on_arm(program, cpu):
     """Armv8.0, and with the dot product; emulated."""
-    run(NUMBERS, INT4Q_TEST_EMULATED=f"{program} {cpu}", INT4Q_CPU_CORE="0")
+    run(NUMBERS, INT4Q_TEST_EMULATED=f"{program} {cpu}", INT4Q_CORE="0")

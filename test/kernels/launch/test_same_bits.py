@@ -14,7 +14,7 @@ from int4q.kernels.weight import Weight
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
-from int4q.kernels.launch import replay as triton_launch  # noqa: E402
+from int4q.kernels.launch import record, triton_launch  # noqa: E402
 from int4q.kernels.triton import dequant as triton_dequant  # noqa: E402
 from int4q.kernels.triton import gluon_matmul  # noqa: E402
 from int4q.kernels.triton import matmul as triton_matmul  # noqa: E402
@@ -25,9 +25,9 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def fresh():
-    triton_launch.clear()
+    record.clear()
     yield
-    triton_launch.clear()
+    record.clear()
 
 
 def parts(M, N, K, seed=0):
@@ -40,8 +40,7 @@ def parts(M, N, K, seed=0):
 def normally(monkeypatch, run, *args):
     """The result without plans."""
     with monkeypatch.context() as patched:
-        patched.setattr(triton_launch, "_plans", {})
-        patched.setattr(triton_launch, "unavailable", lambda: "asked not to")
+        patched.setattr(record, "unavailable", lambda: "asked not to")
         return run(*args)
 
 
@@ -62,12 +61,12 @@ RUNS = [
 @pytest.mark.parametrize("run,M", RUNS)
 def test_same_bits_for_other_tensors_of_the_kind(monkeypatch, run, M):
     run(*parts(M, 1024, 2048))
-    plans = len(triton_launch._plans)
-    assert plans > 0
+    plans = len(record._plans)
+    assert plans > 0 and all(record._plans.values())
     for seed in (1, 2, 3):  # every tensor at an address of its own
         inputs = parts(M, 1024, 2048, seed=seed)
         assert torch.equal(run(*inputs), normally(monkeypatch, run, *inputs))
-    assert len(triton_launch._plans) == plans
+    assert len(record._plans) == plans
 
 
 @pytest.mark.parametrize("run,M", RUNS)
@@ -166,13 +165,13 @@ def test_two_devices(run, M):
 def test_an_unknown_triton_launches_normally(monkeypatch):
     inputs = parts(64, 512, 1024)
     expected = gluon_matmul.linear(*inputs)
-    triton_launch.clear()
+    record.clear()
     triton_launch.unavailable.cache_clear()
     monkeypatch.setattr(triton_launch, "KNOWN_TRITON", ("0.0",))
     try:
         assert "Triton must be one of" in triton_launch.unavailable()
         for _ in range(2):
             assert torch.equal(gluon_matmul.linear(*inputs), expected)
-        assert not triton_launch._plans
+        assert not any(record._plans.values())
     finally:
         triton_launch.unavailable.cache_clear()

@@ -105,7 +105,7 @@ def pretend_sm90(compiled: list) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from int4q.kernels.launch import nvrtc
+    from int4q.kernels.launch import driver as cuda_driver
     from int4q.kernels.triton import common as triton_common
     from int4q.kernels.triton import experts as triton_experts
     from int4q.kernels.triton import matmul as triton_matmul
@@ -138,7 +138,7 @@ def pretend_sm90(compiled: list) -> None:
         compiled.append((run(self, *args, grid=grid, warmup=True, **options), args))
 
     JITFunction.run = compile_only
-    nvrtc.driver_call = lambda *_: None
+    cuda_driver.call = lambda *_: None
     tuned.multiprocessors = lambda _: 132
     for module in (triton_common, triton_experts, triton_matmul, triton_w4a8):
         module.has_launch_overlap = lambda _: True
@@ -169,20 +169,17 @@ def resources(kernel) -> dict:
 
 def parameters(kernel, args) -> dict:
     """Bytes of every parameter, as the binary takes them and as a replay passes them."""
-    import ctypes
+    import struct
 
-    from int4q.kernels.launch.replay import _Step
+    from int4q.kernels.launch.triton_launch import _parameters
 
-    tensors = [getattr(arg, "base", arg) for arg in args]
-    addresses = [ctypes.c_void_p() for _ in tensors]
-    passed, _ = _Step(kernel, 1, args).parameters(
-        {id(tensor): i for i, tensor in enumerate(tensors)}, addresses
-    )
+    sizes = {"pointer": 8, "map": 128}
+    passed = [sizes.get(kind) or struct.calcsize(kind) for kind, _ in _parameters(kernel, args)]
     entry = r"KPARAM_INFO\s.*\s.*Ordinal : 0x(\w+).*Size +: 0x(\w+)"
     taken = re.findall(entry, read_binary(kernel, "-elf"))
     taken = {int(place, 16): int(size, 16) for place, size in taken}
     return {
-        "passed": [ctypes.sizeof(parameter) for parameter in passed],
+        "passed": passed,
         "taken": [taken[place] for place in sorted(taken)],
     }
 

@@ -1,23 +1,15 @@
-/* int4q::cpu_linear in C++ on torch's stable ABI: one binary for torch 2.10 and later and for every
- * Python, or none. The schema and what it means are core.py's; this is its kernel for the CPU key.
- *
- * Loading the library registers nothing: int4q_core_register() does, once whoever loads it has
- * compared int4q_core_version() with its own.
- */
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
+/* int4q::cpu_linear: the kernel for the CPU key. The schema and what it means are cpu/core.py's. */
+#include "core.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
-#include <exception>
 #include <optional>
 #include <vector>
 
 #include "int4_cpu.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -30,9 +22,6 @@ const char *const SCHEMA =
     "bool signed, Tensor? bias, Tensor? act_pre_scale, bool rounded, int decode_max_m, "
     "int tiles_min_m) -> Tensor";
 constexpr int64_t BLOCK_ELEMENTS = 1 << 20; /* as blocked.py's, for the same bits */
-
-/* Whether the kernel preference in force asks for a backend that runs nothing on a CPU. */
-thread_local bool refuse = false;
 
 int64_t kind(ScalarType dtype) {
     switch (dtype) {
@@ -66,8 +55,9 @@ struct Weight {
 
 /* What memory safety asks for; the ops that users call have said more, and better. */
 void check(const Tensor &x, const Weight &w, const Optional &bias, const Optional &act_pre_scale) {
-    STD_TORCH_CHECK(!refuse, "int4q::cpu_linear: no kernel for the preference in force runs "
-                                   "on a CPU. Leave kernel_preference, or ask for \"torch\"");
+    STD_TORCH_CHECK(!int4q::preference.refuse_cpu,
+                    "int4q::cpu_linear: no kernel for the preference in force runs "
+                    "on a CPU. Leave kernel_preference, or ask for \"torch\"");
     STD_TORCH_CHECK(int4q_cpu_features() & FEATURES_DECODE,
                     "int4q::cpu_linear needs an x86-64 CPU with AVX2, or an Arm one");
     const int64_t g = w.group_size;
@@ -294,22 +284,7 @@ Tensor cpu_linear(const Tensor &x_in, const Tensor &qdata, const Tensor &scale,
 
 }  // namespace
 
-EXPORT const char *int4q_core_version(void) { return INT4Q_VERSION; }
-
-/* Refuse to run in this thread, or run again: no kernel on a CPU meets the preference in force. */
-EXPORT void int4q_core_refuse(int yes) { refuse = yes; }
-
-/* Register the kernel, and the schema where no Python has (define_schema); once a process. 0, or 1
- * if torch refused. */
-EXPORT int int4q_core_register(int define_schema) try {
-    using torch::stable::detail::StableLibrary;
-    const auto open = [](StableLibrary::Kind kind, const char *key) {
-        /* Never deleted: that would take the registrations back. */
-        return new StableLibrary(kind, "int4q", key, __FILE__, __LINE__);
-    };
-    if (define_schema) open(StableLibrary::Kind::FRAGMENT, nullptr)->def(SCHEMA);
-    open(StableLibrary::Kind::IMPL, "CPU")->impl("cpu_linear", TORCH_BOX(&cpu_linear));
-    return 0;
-} catch (const std::exception &) {
-    return 1;
+void int4q::register_cpu_linear(bool define_schema) {
+    if (define_schema) open_library(nullptr)->def(SCHEMA);
+    open_library("CPU")->impl("cpu_linear", TORCH_BOX(&cpu_linear));
 }

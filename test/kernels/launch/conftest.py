@@ -1,0 +1,1 @@
+from fake_cuda import fake, fake_driver  # noqa: F401  (fixtures)
