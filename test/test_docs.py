@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
-NEEDS = {"generate": "transformers", "moe": "transformers", "tune": "triton"}
+NEEDS = {"generate": "transformers", "moe": "transformers", "tune": "triton",
+         "save": "transformers", "lora": "peft"}  # fmt: skip
 # Inductor, FSDP2, transformers, the interpreter.
-SLOW = ("compile", "distributed", "generate", "moe", "tune")
+SLOW = ("compile", "distributed", "generate", "lora", "moe", "save", "tune")
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 
