@@ -33,8 +33,8 @@ SIZES = {
 TOKENS = {"cuda": (512, 4096), "cpu": (32,)}
 RANK = 16
 ROUNDS = 7
-TOLERANCE = 2e-2
-"""Of loss and gradients: bfloat16 rounds each activation to 2^-9, in another order."""
+TOLERANCE = 5e-2
+"""Of loss and gradients: each layer's activations, and a contender's weights, are bfloat16."""
 
 Step = Callable[[Tensor], Tensor]
 
@@ -112,7 +112,7 @@ def trainer(model: nn.Module, checkpointing: bool) -> Step:
 
     def step(x: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = model(inputs_embeds=x).last_hidden_state.float()[..., ::7].pow(4).mean()
+        loss = model(inputs_embeds=x).last_hidden_state.float().pow(4).mean()
         loss.backward()
         optimizer.step()
         return loss.detach()
