@@ -47,7 +47,8 @@ def read(path: Path) -> Run:
     run = Run()
     for suite in ElementTree.parse(path).getroot().iter("testsuite"):
         for item in suite.iter("property"):
-            run.versions[item.attrib["name"]] = item.attrib["value"]
+            if not item.attrib["name"].startswith("hypothesis"):  # (which writes its own)
+                run.versions[item.attrib["name"]] = item.attrib["value"]
         for case in suite.iter("testcase"):
             file = case.attrib["classname"].replace(".", "/").removeprefix("test/")
             run.outcomes[f"{file}::{case.attrib['name']}"] = _outcome(case)

