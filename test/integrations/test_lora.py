@@ -195,8 +195,10 @@ def test_trainer(tmp_path):
 def test_trainer_refuses_a_model_without_adapters(tmp_path):
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    base().save_pretrained(tmp_path / "base")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
-        transformers.Trainer(model=base(), args=arguments)
+        transformers.Trainer(model=loaded, args=arguments)
 
 
 def test_distributed_data_parallel(tmp_path):
