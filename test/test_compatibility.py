@@ -1,4 +1,4 @@
-"""The matrix of compatibility: every test that it names exists, and results become what they say."""
+"""The matrix of compatibility: every test that it names exists; results become a table."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ def compatibility():
     del sys.modules["compatibility"]
 
 
-def tests():
+def scenarios():
     """(file without suffix, name of the test) of every scenario."""
     areas = json.loads((DOCS / "compatibility.json").read_text())
     return [(file, test) for files in areas.values() for file, of in files.items() for test in of]
@@ -28,7 +28,7 @@ def tests():
 
 def test_every_scenario_is_tested_and_on_the_page():
     page = (DOCS / "compatibility.md").read_text()
-    for file, test in tests():
+    for file, test in scenarios():
         tree = ast.parse((ROOT / "test" / f"{file}.py").read_text())
         assert test.partition("[")[0] in {n.name for n in tree.body if hasattr(n, "name")}
         assert f"`{file}::{test}`" in page
@@ -44,8 +44,8 @@ def results(path, versions, cases):
 
 
 def test_results_become_a_table(compatibility, tmp_path, monkeypatch):
-    scenarios = {"torch": {"a/test_b": {"test_x": "X", "test_y": "Y", "test_z[1]": "Z"}}}
-    (tmp_path / "s.json").write_text(json.dumps(scenarios))
+    given = {"torch": {"a/test_b": {"test_x": "X", "test_y": "Y", "test_z[1]": "Z"}}}
+    (tmp_path / "s.json").write_text(json.dumps(given))
     monkeypatch.setattr(compatibility, "SCENARIOS", tmp_path / "s.json")
     old = [("test_x[a]", ""), ("test_x[b]", "<failure/>"), ("test_z[1]", '<skipped type="x"/>')]
     new = [("test_x[a]", ""), ("test_x[gpu]", '<skipped type="pytest.skip"/>')]
