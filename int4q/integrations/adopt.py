@@ -32,7 +32,7 @@ def adopt(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
     convert_weights(model, TorchAOInt4Tensor, _adopted)
-    if "transformers" in sys.modules:
+    if "transformers.modeling_utils" in sys.modules:
         from int4q.integrations.transformers_quantizer import declare
 
         declare(model)

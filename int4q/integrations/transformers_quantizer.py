@@ -12,6 +12,7 @@ is imported. What it adds to the one of transformers:
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -26,11 +27,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import TorchAoConfig
 
-from int4q import errors, quantize
+from int4q import errors, prepare, quantize
 from int4q.checkpoint import schema
 from int4q.config import Int4WeightOnlyConfig
 from int4q.coverage import is_matrix
 from int4q.integrations.transformers_shards import Shards
+from int4q.layouts import convert_weights
 from int4q.tensor.base import Int4TensorBase
 
 _NO_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
@@ -41,16 +43,6 @@ TAGS = ["int4q", "torchao", "4-bit"]
 class Int4Config(TorchAoConfig):  # type: ignore[misc]  # no types
     """transformers' config of torchao, of a model that has int4q's weights."""
 
-    @classmethod
-    def of(cls, config: TorchAoConfig) -> TorchAoConfig:
-        """The same settings in this class."""
-        return cls(
-            config.quant_type,
-            config.modules_to_not_convert,
-            config.include_input_output_embeddings,
-            config.untie_embedding_weights,
-        )
-
     def get_apply_tensor_subclass(self) -> Int4WeightOnlyConfig:
         """What peft makes a linear layer 4-bit again with, once an adapter is merged into it."""
         named = getattr(self.quant_type, "fqn_to_config", {"": self.quant_type})
@@ -58,6 +50,16 @@ class Int4Config(TorchAoConfig):  # type: ignore[misc]  # no types
         return Int4WeightOnlyConfig(
             group_size=sizes[-1], group_size_fallback=True, set_inductor_config=False
         )
+
+
+def _as(cls: type[TorchAoConfig], config: TorchAoConfig) -> TorchAoConfig:
+    """The same settings in another class."""
+    return cls(
+        config.quant_type,
+        config.modules_to_not_convert,
+        config.include_input_output_embeddings,
+        config.untie_embedding_weights,
+    )
 
 
 class Int4Quantizer(TorchAoHfQuantizer):
@@ -71,7 +73,7 @@ class Int4Quantizer(TorchAoHfQuantizer):
 
     def __init__(self, quantization_config: TorchAoConfig, **kwargs: Any):
         if isinstance(quantization_config, Int4Config):  # of another model, to be applied to this
-            quantization_config = Int4Config.of.__func__(TorchAoConfig, quantization_config)
+            quantization_config = _as(TorchAoConfig, quantization_config)
         super().__init__(quantization_config, **kwargs)
 
     @property
@@ -102,10 +104,16 @@ class Int4Quantizer(TorchAoHfQuantizer):
             self.shards = None
         self._trainable = _has_weights(model)
         if self._trainable:
-            self.quantization_config = Int4Config.of(self.quantization_config)
+            self.quantization_config = _as(Int4Config, self.quantization_config)
             model.config.quantization_config = self.quantization_config
             model.add_model_tags(TAGS)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """What ``model.dequantize()`` of transformers does: every 4-bit weight in ``dtype``."""
+        prepare.unprepare_(model)
+        convert_weights(model, Int4TensorBase, lambda t: t.dequantize(dtype))
+        return model
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """The plain tensors to save, and the metadata of each file.
@@ -173,7 +181,8 @@ def declare(model: nn.Module) -> None:
 
     ``save_pretrained`` and ``Trainer`` ask ``model.hf_quantizer``; ``config.quantization_config``
     is what a reader of the checkpoint gets. A quantizer that ``from_pretrained`` chose is replaced
-    by int4q's, its config kept.
+    by int4q's, its config kept. (``model.is_quantized``, which refuses ``.half()`` and the like,
+    is left to ``from_pretrained``.)
     """
     for outermost in _pretrained(model):
         if not _has_weights(outermost):
@@ -187,7 +196,6 @@ def declare(model: nn.Module) -> None:
         else:
             continue  # another library's, which knows its own weights
         outermost.hf_quantizer = quantizer
-        outermost.is_quantized = True
         outermost.quantization_method = quantizer.quantization_config.quant_method
         quantizer.postprocess_model(outermost)
 
@@ -233,11 +241,10 @@ def _pattern(name: str) -> str:
 
 def _pretrained(model: nn.Module) -> Iterator[Any]:
     """The models of transformers in ``model`` that are in no other one."""
-    from transformers import PreTrainedModel
-
+    modeling = sys.modules.get("transformers.modeling_utils")  # (without it there is none)
     inner: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module not in inner:
+    for module in model.modules() if modeling else ():
+        if isinstance(module, modeling.PreTrainedModel) and module not in inner:
             inner |= set(module.modules())
             yield module
 

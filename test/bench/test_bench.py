@@ -13,6 +13,7 @@ from int4q.bench import (
     experts_peers,
     generate,
     host,
+    lora,
     models,
     peers,
     report,
@@ -180,3 +181,31 @@ def test_decode_table_holds_times_ratios_and_errors():
     assert "| 32 | 2 | 4.00 | - | - | - | 2.50 | - |" in text
     assert "| 48 x 256 | 32 | one channel x100 |" in text
     assert "Triton W4A8 plain WRONG: relative error 0.5" in decode.line(DECODE["rows"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # transformers' names
+@pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
+def test_lora_is_checked_and_timed(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(lora, "ROUNDS", 1)
+    monkeypatch.delitem(lora.CONTENDERS, "bitsandbytes nf4")
+    result = lora.run(tmp_path, "cpu", group_size=32)
+    assert json.loads((tmp_path / "lora_cpu.json").read_text()) == result
+    assert [row["checkpointing"] for row in result["rows"]] == [False, True]
+    for row in result["rows"]:
+        assert row["ms"].keys() == {"int4", "bf16"} and min(row["ms"].values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
+def test_lora_finds_another_model():
+    pytest.importorskip("peft")
+    models = [lora.with_adapters("int4", lora.base_model("cpu", 32)) for _ in range(2)]
+    x = torch.randn(1, 8, 128).bfloat16()
+    lora.check("int4", *models, x)
+    for p in models[1].parameters():
+        if p.requires_grad:
+            p.data.mul_(1.5)
+    with pytest.raises(RuntimeError, match="int4: loss .* gradients off by"):
+        lora.check("int4", *models, x)

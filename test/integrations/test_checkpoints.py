@@ -214,6 +214,13 @@ def test_a_model_of_one_layer_type_has_a_plain_config(loaded):
     assert config.quant_type.group_size == 32 and config.modules_to_not_convert == ["lm_head"]
 
 
+def test_a_quantised_model_is_cast_as_before():
+    model = build(llama)
+    quantize_(model, SMALL)
+    assert model.half().model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+    assert model.float().model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
 def test_quantised_in_two_steps(tmp_path):
     model = build(mixtral)
     quantize_(model, moe_config(SMALL, linears=False))

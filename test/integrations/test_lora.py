@@ -195,8 +195,10 @@ def test_trainer(tmp_path):
 def test_trainer_refuses_a_model_without_adapters(tmp_path):
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    base().save_pretrained(tmp_path / "base")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
-        transformers.Trainer(model=base(), args=arguments)
+        transformers.Trainer(model=loaded, args=arguments)
 
 
 def test_distributed_data_parallel(tmp_path):
@@ -279,6 +281,20 @@ def test_merging_rounds_once(reloaded, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(again), logits(merged))
+
+
+def test_a_small_update_is_lost_in_four_bits_and_kept_in_a_dequantised_model(tmp_path):
+    """Weights are on the grid that the sum is rounded to."""
+    model = with_adapter(base())
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    plain = model.unload().dequantize()
+    assert not any(isinstance(p, Int4TensorBase) for p in plain.parameters())
+    assert not getattr(plain, "is_quantized", False)
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload()
+    exact = (logits(merged) - expected).norm()
+    rounded = (logits(with_adapter(base()).merge_and_unload()) - expected).norm()
+    assert exact < 1e-5 * expected.norm() < 1e-2 * expected.norm() < rounded
 
 
 @pytest.mark.xfail(strict=True, reason="peft merges DoRA into torchao's tensors without magnitudes")
