@@ -98,5 +98,3 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
-
-

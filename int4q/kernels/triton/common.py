@@ -51,7 +51,6 @@ if INTERPRET:
     _repair_interpreter()
 
 
-
 # --- why a problem cannot run -----------------------------------------------------------------
 
 
