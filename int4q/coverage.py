@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 from torchao.utils import TorchAOBaseTensor
 
@@ -107,8 +108,11 @@ def reason_to_skip(module: nn.Module, name: str, group_size: int, dim: int = -1)
     The weight is an attribute of the module; as a computed one it need not be a parameter.
     """
     w = getattr(module, name)
-    if isinstance(w, TorchAOBaseTensor):
-        return f"quantised already ({type(w).__name__})"
+    local = w.to_local() if isinstance(w, DTensor) else w
+    if isinstance(local, TorchAOBaseTensor):
+        return f"quantised already ({type(local).__name__})"
+    if local is not w:
+        return "sharded (a DTensor); quantise the model before it is sharded"
     if reason := reason_computed(module, name) or _reason_of_kind(module):
         return reason
     if w.dtype not in SCALE_DTYPES:

@@ -94,12 +94,12 @@ def search(
     groups: Tensor,
     importance: Tensor | None = None,
     *,
-    ratios: Sequence[float] = (1.0, 0.9, 0.8, 0.7),
+    ratios: Sequence[float] = (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.7),
     refits: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of least weighted square error, of those that a short search meets.
 
-    It starts from the range of the group clipped to each of ``ratios``, and alternates from there:
+    It starts from the range of the group times each of ``ratios``, and alternates from there:
     the nearest values to a pair, then the pair that fits these values best (weighted least
     squares). The best pair met is kept. The first one is min-max, so none is ever worse.
 
@@ -107,7 +107,7 @@ def search(
         groups: float32 ``[.., group_size]``.
         importance: of every error, float32 that broadcasts to ``groups``, positive: the mean square
             of the activation that the weight multiplies. ``None`` counts them alike.
-        ratios: of the clipped range to the whole one.
+        ratios: of the range to start from to the group's own.
         refits: least-squares steps from each of them.
 
     Returns:

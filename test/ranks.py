@@ -51,11 +51,13 @@ class Ranks:
     def start(self):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        store = tempfile.mktemp(prefix="store")
+        self.folder = tempfile.TemporaryDirectory()
         for rank in range(self.world):
             mine, its = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, self.world, store, its), daemon=True
+                target=serve,
+                args=(rank, self.world, f"{self.folder.name}/store", its),
+                daemon=True,
             )
             process.start()
             self.ranks.append((process, mine))
@@ -65,6 +67,8 @@ class Ranks:
             pipe.close()
             process.kill()
             process.join()
+        if self.ranks:
+            self.folder.cleanup()
         self.ranks = []
 
 
@@ -72,6 +76,7 @@ def serve(rank, world, store, pipe):
     """A rank's life: do what comes through the pipe until it is closed."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisoned memory, as in conftest.py
     torch.distributed.init_process_group(
         "gloo",
         rank=rank,

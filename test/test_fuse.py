@@ -121,6 +121,15 @@ def test_compiled(kind):
     assert len(outputs) == 1  # no share is handed on
 
 
+@pytest.mark.slow
+def test_inductor():
+    m, x = prepare_for_inference_(model(dtype=torch.float32), fuse=True)["block"], activation(3)
+    torch._dynamo.reset()
+    fast = torch.compile(m, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x.float()), m(x.float()))
+
+
 def test_memory_is_that_of_the_weights():
     m = model()
     before = sum(w.nbytes for w in weights(m))
@@ -149,6 +158,21 @@ def test_gradients_and_adapters():
     got = torch.autograd.grad(m["block"](x).square().sum(), [x, m["block"].q.bias])
     for a, b in zip(got, right, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class GatedInPlace(Block):
+    def forward(self, x):
+        return F.silu(self.q(x), inplace=True).sum() + (self.k(x).mul_(2) * self.v(x)).sum()
+
+
+def test_shares_changed_in_place():
+    m, x = GatedInPlace(), activation(3, dtype=torch.float32).requires_grad_()
+    quantize_(m, SMALL)
+    right = torch.autograd.grad(m(x), x)
+    prepare_for_inference_(m, fuse=True)
+    torch.testing.assert_close(torch.autograd.grad(m(x), x), right)
+    with torch.no_grad():
+        torch.testing.assert_close(m(x), unprepare_(copy.deepcopy(m))(x))
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
@@ -312,17 +336,12 @@ APART = {
 def test_what_stays_apart_is_named_and_works(reason, products):
     m, x = model(), activation(3)
     APART[reason](m)
-    if reason == "a bias is not one number an out feature":
-        m["block"].forward = None
-        del m["block"].forward
-    else:
-        expected = m["block"](x)
+    expected = m["block"](x)
     with pytest.warns(Int4SkipWarning, match=f"^block.q/k/v is not fused: {reason}"):
         prepare_for_inference_(m, fuse=True)
     assert len(groups(m["block"])) == 1
-    if reason != "a bias is not one number an out feature":
-        close(m["block"](x), expected)
-        assert products == [96, 32, 32, 128, 64]
+    close(m["block"](x), expected)
+    assert products == [96, 32, 32, 128, 64]
 
 
 def test_not_asked_for_nothing_is_fused():
@@ -431,9 +450,7 @@ def test_a_transformers_model_is_saved_as_before(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
-    for layer, held in zip(weights(again), weights(m), strict=True):
-        if isinstance(held, Int4Tensor):
-            assert torch.equal(Int4Tensor.from_torchao(layer), held)
+    assert all(map(torch.equal, weights(again), weights(m)))
 
 
 @pytest.mark.gpu

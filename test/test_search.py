@@ -15,7 +15,7 @@ def weighted_error(w, s, z, h):
     return q, (h * (w - q * s - z) ** 2).sum()
 
 
-def search_one(w, h, ratios=(1, 0.9, 0.8, 0.7), refits=3):
+def search_one(w, h, ratios=(1, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.7), refits=3):
     """One group ``[G]`` in float64."""
     best, low, high = (np.inf, None, None), w.min(), w.max()
     middle = (low + high) / 2

@@ -100,16 +100,17 @@ class BlockwiseCalibration(Calibration):
     def _advance(self, stage: int) -> None:
         """Run the blocks up to this one, which is gathered from (one more: what is behind)."""
         while self._stage < stage:
-            self._stage += 1
+            turn = self._stage + 1
             self._moments = {}  # (before those of the next one are summed up)
-            first, behind = self._stage == 0, self._stage == len(self._stages)
+            first, behind = turn == 0, turn == len(self._stages)
             within: list[nn.Module] = []
             if first or behind:
                 within += self._outside
-            if self._stage == stage and not behind:
+            if turn == stage and not behind:
                 chain, i = self._stages[stage]
                 within += chain.within(i)
-            self._moments = self._run(self._stage, self._calls, within)
+            self._moments = self._run(turn, self._calls, within)
+            self._stage = turn
             if first:
                 outside = {n for n, s in self._stage_of.items() if s is None}
                 self._before_blocks = {n: m for n, m in self._moments.items() if n in outside}

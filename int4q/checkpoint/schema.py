@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors
@@ -71,6 +72,12 @@ class Entry:
 # --- writing --------------------------------------------------------------------------------------
 
 
+_GATHER = (
+    "Gather the shards with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True))"
+)
+
+
 def flatten(name: str, t: Tensor) -> tuple[dict[str, Tensor], str]:
     """One tensor of a state dict as plain tensors, and its metadata.
 
@@ -79,21 +86,23 @@ def flatten(name: str, t: Tensor) -> tuple[dict[str, Tensor], str]:
         t: a 4-bit weight of any layout (stored in plain) or a plain tensor.
 
     Returns:
-        Stored name -> plain tensor (the weight's own parts, not copied where its layout is plain),
-        and the JSON to be put under ``name`` in the metadata.
+        Stored name -> contiguous plain tensor (the weight's own parts, not copied where its layout
+        is plain and they are contiguous), and the JSON to be put under ``name`` in the metadata.
 
     Raises:
         TypeError: ``t`` is neither.
     """
     if isinstance(t, Int4TensorBase):
         plain = t.to_int4_tensor()
-        stored = {stored_name(name, part): p for part, p in plain.data_tensors().items()}
+        parts = plain.data_tensors()
+        stored = {stored_name(name, part): p.contiguous() for part, p in parts.items()}
         return stored, _describe(plain)
-    if not isinstance(t, Tensor) or isinstance(t, TorchAOBaseTensor):
+    if not isinstance(t, Tensor) or isinstance(t, (TorchAOBaseTensor, DTensor)):
+        fixes = {INT4: "int4q.adopt makes torchao's Int4Tensor int4q's", "DTensor": _GATHER}
         raise errors.type_(
             f"{name} must be a 4-bit weight of int4q or a plain tensor",
             f"{type(t).__module__}.{type(t).__name__}",
-            "int4q.adopt makes torchao's Int4Tensor int4q's" if type(t).__name__ == INT4 else "",
+            fixes.get(type(t).__name__, ""),
         )
     return {name: t.detach()}, _text_of_plain()
 

@@ -30,7 +30,8 @@ def run(
 
     held: Any
     held, tokenizer = int4q.load(model, device=device)
-    int4q.prepare_for_inference_(held)
+    int4q.prepare_for_inference_(held, fuse=True)
+    loop = {"custom_generate": int4q.cuda_graph_generate} if held.device.type == "cuda" else {}
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
@@ -44,6 +45,8 @@ def run(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():
-        out = held.generate(**inputs, max_new_tokens=tokens, do_sample=sample, streamer=streamer)
+        out = held.generate(
+            **inputs, **loop, max_new_tokens=tokens, do_sample=sample, streamer=streamer
+        )
     made = out.shape[1] - inputs["input_ids"].shape[1]
     console().print(f"{made} tokens, {made / (time.perf_counter() - start):.1f} a second")

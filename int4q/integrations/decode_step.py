@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int4q.prepare.modules import HELD
+
 KEPT = 4
 """Steps kept a model: each has a cache of keys and values of its own."""
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = {bool, int, float, str, type(None)}
+_CONTAINERS = (dict, list, tuple, set)
+_NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"} | {HELD}
+"""Module attributes that say nothing more: children, hooks (with which no graph is captured), and
+weights whose parts are buffers too."""
 
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Step]] = weakref.WeakKeyDictionary()
 
@@ -189,23 +195,24 @@ def state_of(model: nn.Module) -> int:
     """
     modules = list(model.modules())
     configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    facts = [(type(x), *map(_fact, vars(x).items())) for x in (*modules, *configs.values())]
-    return hash(tuple(facts))
+    return hash(tuple(map(_facts, (*modules, *configs.values()))))
 
 
-def _fact(item: tuple[str, Any]) -> Any:
+def _facts(holder: Any) -> Any:
+    items = vars(holder).items()
+    return type(holder), *(_fact(item) for item in items if item[0] not in _NO_FACT)
+
+
+def _fact(item: tuple[Any, Any]) -> Any:
     name, value = item
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN:
         return name, value
+    if isinstance(value, _CONTAINERS):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return (name, *map(_fact, items)) if value else name
     if isinstance(value, nn.Module):  # (its own facts are among them)
         return name
-    if isinstance(value, Tensor):
-        return name, _place(value)
-    if isinstance(value, dict):
-        return name, tuple(map(_fact, value.items()))
-    if isinstance(value, (list, tuple, set)):
-        return name, tuple(_fact(("", v)) for v in value)
-    return name, id(value)
+    return (name, _place(value)) if isinstance(value, Tensor) else (name, id(value))
 
 
 def _place(t: Tensor) -> Any:

@@ -15,10 +15,9 @@ _of_torch = getattr(DTensor, "_stable_hash_for_caching", None)
 
 
 def _stable_hash_for_caching(self: DTensor) -> str:
-    local = self.to_local()
-    key = _of_torch(self)
+    key, local = _of_torch(self), self._local_tensor
     return key + local._stable_hash_for_caching() if isinstance(local, Int4TensorBase) else key
 
 
-if _of_torch is not None:  # from torch 2.12 on
+if _of_torch is not None:  # not yet in torch 2.11
     DTensor._stable_hash_for_caching = _stable_hash_for_caching

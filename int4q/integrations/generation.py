@@ -53,9 +53,10 @@ def cuda_graph_generate(
     GPU: the host reads a token late whether all sequences have ended, except where a criterion of
     your own or sampling wants to know at once.
 
-    Graphs, each with its cache of keys and values, are kept for the next call with the same batch
-    size and a like length, the last four of a model; :func:`drop_cuda_graphs` frees them, as does
-    the end of the model. A changed model is captured anew. Threads do not share them.
+    Graphs, each with a cache of keys and values for the whole ``max_length``, are kept for the next
+    call with the same batch size and a like length, the last four of a model;
+    :func:`drop_cuda_graphs` frees them, as does the end of the model. A changed model is captured
+    anew. Threads do not share them.
 
     Where there is no CUDA device, or the model, its cache or a request does not fit in a graph, a
     :class:`GraphFallbackWarning` says why and transformers' own loop runs; if only the capture
@@ -96,7 +97,7 @@ def cuda_graph_generate(
         except TypeError as error:
             reason = str(error)
     if reason is not None:
-        warnings.warn(f"no CUDA graph: {reason}", GraphFallbackWarning, stacklevel=2)
+        warnings.warn(f"no CUDA graph: {reason}", GraphFallbackWarning, stacklevel=4)
         return type(model)._sample(
             model, input_ids, *request, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
@@ -106,7 +107,7 @@ def cuda_graph_generate(
     if not generation_config.return_dict_in_generate:  # (then its cache is the caller's)
         decode_step.keep(model, key, step)
     if step.runner.reason not in (None, had):
-        warnings.warn(f"no CUDA graph: {step.runner.reason}", GraphFallbackWarning, stacklevel=2)
+        warnings.warn(f"no CUDA graph: {step.runner.reason}", GraphFallbackWarning, stacklevel=4)
     return result
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchao.utils import TorchAOBaseTensor
 
 from int4q import errors
 from int4q.tensor.base import Int4TensorBase
@@ -48,21 +49,27 @@ class Shards:
     def __init__(self, model: nn.Module, stored: set[str]):
         self._stored = stored
         self._places: dict[str, _Place] = {}
+        self._config: Any = model.config
         # The loader asks for the state dict after the plan is applied and before it reads.
         self._hook = model.register_state_dict_pre_hook(self._note)
 
     def _note(self, model: Any, prefix: str, keep_vars: bool) -> None:
         for name, module, parameter in _sharded(model):
-            if getattr(model.config.distributed_config, "dp_size", 1) > 1:
-                raise errors.value(
-                    "fsdp_size and dp_replicate_size must be 1 for a model in 4 bits",
-                    "more",
-                    "Load it without, then call torch.distributed.fsdp.fully_shard",
-                )
+            if name in self._places:  # and what it held may be loaded by now
+                continue
             place = self._places[name] = _Place(module, parameter, module._parameters[parameter])
             if name in self._stored:
+                self._check_not_fsdp()
                 whole = torch.empty(place.planned.shape, dtype=place.planned.dtype, device="meta")
                 place.hold(whole)
+
+    def _check_not_fsdp(self) -> None:
+        if self._config.distributed_config.dp_size > 1:
+            raise errors.value(
+                "fsdp_size and dp_replicate_size must be 1 for a model in 4 bits",
+                f"{self._config.distributed_config.dp_size} ranks",
+                "Load it without, then call torch.distributed.fsdp.fully_shard",
+            )
 
     def cut(self, name: str, weight: Int4TensorBase) -> Tensor:
         """This rank's shard of a weight read whole, or all of it if no plan shards it.
@@ -82,11 +89,14 @@ class Shards:
         return nn.Parameter(shard, requires_grad=False)
 
     def finish(self) -> None:
-        """Shards that were quantised as they were loaded, as DTensors too."""
+        """Shards that were quantised as they were loaded, or left alone, as DTensors too."""
         self._hook.remove()
         for place in self._places.values():
             local, planned = place.module._parameters[place.name], place.planned
-            if not isinstance(local, DTensor):
+            int4 = isinstance(local, Int4TensorBase)
+            if int4:
+                self._check_not_fsdp()
+            if int4 or not isinstance(local, (DTensor, TorchAOBaseTensor)):  # torchao's as they are
                 shard = DTensor.from_local(
                     local.detach(),
                     planned.device_mesh,

@@ -84,7 +84,8 @@ class Fused:
         if shares is None or shares[0] is not x or shares[1][i] is None:
             w: Any = self.parts if torch.compiler.is_compiling() else self.weight
             y = linear_along_groups(x, w, self._bias())
-            shares = x, list(y.split(self.rows, dim=-1))
+            # Nobody has y: what is done in place to one share is nothing to the others.
+            shares = x, list(torch.unsafe_split_with_sizes(y, self.rows, -1))
         share: Any = shares[1][i]
         shares[1][i] = None
         self._shares = None if all(s is None for s in shares[1]) else shares

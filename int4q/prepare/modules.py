@@ -19,7 +19,7 @@ from int4q.tensor.matmul_ops import added, linear_along_groups
 
 EXPERTS = "int4q"
 """The experts implementation of transformers that reads prepared stacks."""
-_HELD = "_int4q_held"
+HELD = "_int4q_held"
 """Module attribute: name -> the 4-bit parameter that a prepared module keeps back."""
 
 
@@ -66,14 +66,14 @@ class Prepared(nn.Module):
     _int4q_fused: Link | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get(_HELD, ()):
+        if name in self.__dict__.get(HELD, ()):
             with as_given(self):
                 setattr(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__[_HELD]:
+        if name in self.__dict__[HELD]:
             with as_given(self):
                 delattr(self, name)
         else:
@@ -94,7 +94,7 @@ class Prepared(nn.Module):
             state = {**self.__dict__, "_parameters": dict(self._parameters)}
             state["_modules"] = dict(self._modules)
         state.pop(LINK, None)  # (what calls the layers has the group)
-        return _empty, (self._given, tuple(self.__dict__[_HELD])), state
+        return _empty, (self._given, tuple(self.__dict__[HELD])), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _become(self, self._given)
@@ -117,7 +117,7 @@ def hold(module: nn.Module) -> dict[str, str]:
         w._is_held = True
         module.add_module(f"{name}_parts", parts_of(w).train(module.training))
     if held:
-        module.__dict__[_HELD] = held
+        module.__dict__[HELD] = held
         given: Any = type(module)
         _become(module, _prepared_class(given, tuple(held)))
     for name in held:
@@ -129,7 +129,7 @@ def hold(module: nn.Module) -> dict[str, str]:
 
 def release(module: Prepared) -> None:
     """Undo :func:`hold`."""
-    held = module.__dict__[_HELD]
+    held = module.__dict__[HELD]
     for name, w in held.items():
         w.__dict__.pop("_is_held", None)  # (of a tied weight once only)
         if module._parameters[name] is None:
@@ -137,7 +137,7 @@ def release(module: Prepared) -> None:
     _become(module, module._given)
     for name in held:
         del module._modules[f"{name}_parts"]
-    del module.__dict__[_HELD]
+    del module.__dict__[HELD]
 
 
 def _become(module: Any, cls: type[nn.Module]) -> None:
@@ -181,7 +181,7 @@ def _empty(cls: Any, names: tuple[str, ...]) -> nn.Module:
 
 def _parameter(name: str) -> property:
     def read(self: Prepared) -> Any:
-        return self.__dict__[_HELD][name] if _is_held(self, name) else self._parameters[name]
+        return self.__dict__[HELD][name] if _is_held(self, name) else self._parameters[name]
 
     return property(read)
 
@@ -205,7 +205,7 @@ def _weight(module: Any, x: Tensor) -> Any:
         return None
     if torch.compiler.is_compiling():
         return module.weight_parts
-    return None if has_torch_function_unary(x) else module.__dict__[_HELD]["weight"]
+    return None if has_torch_function_unary(x) else module.__dict__[HELD]["weight"]
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from int4q.tensor.view_ops import aliased
 
 aten = torch.ops.aten
 implements = Int4TensorBase.implements
+_FUNCTIONAL = torch.ops._c10d_functional
 
 
 def in_logical_order(
@@ -39,7 +40,7 @@ def in_logical_order(
 # --- what DTensor pads shards with, and FSDP2 copies them into ------------------------------------
 
 
-@implements([aten.new_zeros.default, aten.new_empty.default])
+@implements(aten.new_zeros.default)
 def _(func, types, args, kwargs):
     """A weight of value 0 and any shape, groups along the same dim; any view of it is a view."""
     self, size = args[0], list(args[1])
@@ -102,13 +103,12 @@ def _(func, types, args, kwargs):
     # Asked for a collective that is not async, NCCL's group returns no work, which a null pointer
     # stands for here: there is something to wait for, and to return, only if it is async.
     at = [a.name for a in func._schema.arguments].index("async_op")
-    leaves, spec = tree_flatten(((*args[:at], True, *args[at + 1 :]), kwargs))
+    leaves, spec = tree_flatten((*args[:at], True, *args[at + 1 :]))
     weights: list[Any] = [x for x in leaves if isinstance(x, Tensor)]
     _check_alike(func, weights)
     for name in weights[0].data_tensors():
         parts = [getattr(x, name).contiguous() if isinstance(x, Tensor) else x for x in leaves]
-        part_args, part_kwargs = tree_unflatten(parts, spec)
-        _, work = func(*part_args, **part_kwargs)
+        _, work = func(*tree_unflatten(parts, spec))
         work.wait()
         for x, part in zip(leaves, parts, strict=True):
             if isinstance(x, Tensor) and part is not (held := getattr(x, name)):
@@ -117,31 +117,35 @@ def _(func, types, args, kwargs):
 
 
 def _check_alike(func: Any, weights: Sequence[Any]) -> None:
-    first = weights[0]
+    def kind(t: Any) -> str:
+        parts = list(t.data_tensors()) if isinstance(t, Int4TensorBase) else ""
+        return f"{type(t).__name__} {errors.dims(t.shape)} {getattr(t, 'block_size', '')} {parts}"
+
+    first = kind(weights[0])
     for t in weights:
-        if type(t) is not type(first) or t.shape != first.shape or t.block_size != first.block_size:
-            raise errors.value(
-                f"{func} takes 4-bit weights of one layout, shape and group size "
-                f"({type(first).__name__} {errors.dims(first.shape)})",
-                f"{type(t).__name__} {errors.dims(t.shape)}",
-                FLAT_BUFFERS,
+        if kind(t) != first:
+            rule = (
+                f"{func} takes 4-bit weights of one layout, shape, block_size and parts ({first})"
             )
+            raise errors.value(rule, kind(t), FLAT_BUFFERS)
 
 
 @implements(torch.ops._c10d_functional.all_gather_into_tensor.default)
 def _(func, types, args, kwargs):
     """The shards of a group, joined along the first dim."""
-    self, group_size, group = args
-    if self.act_pre_scale is not None and self.grouped_dim == 0:
-        raise errors.value("weights with act_pre_scale join along their out features", "dim 0")
+    self, ranks, group = args
 
-    def gather(c: Tensor, unit: int) -> Tensor:
-        return torch.ops._c10d_functional.wait_tensor(func(c.contiguous(), group_size, group))
+    def gather(c: Tensor, unit: int = 1) -> Tensor:
+        return _FUNCTIONAL.wait_tensor(func(c.contiguous(), ranks, group))
 
-    return in_logical_order(self, gather, [self.shape[0] * group_size, *self.shape[1:]])
-
-
-_FUNCTIONAL = torch.ops._c10d_functional
+    if self.act_pre_scale is not None:
+        every = gather(self.act_pre_scale).view(ranks, -1)
+        if self.grouped_dim == 0 or not torch.equal(every, every[:1].expand_as(every)):
+            raise errors.value(
+                "shards of a weight with act_pre_scale are gathered along their out features",
+                "shards of the in features",
+            )
+    return in_logical_order(self, gather, [self.shape[0] * ranks, *self.shape[1:]])
 
 
 @implements(

@@ -136,7 +136,6 @@ def test_the_command_knows_its_version(capsys):
     assert capsys.readouterr().out.startswith("int4q 0.")
 
 
-
 def test_experts_table_holds_times_and_ratios():
     rows = [
         {"stack": "a stack", "group_size": 128, "tokens": 8, "rows": 16, "active_experts": 4,

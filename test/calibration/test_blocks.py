@@ -56,6 +56,8 @@ def test_moments_are_those_of_the_whole_model():
     model, batches = Model(), data()
     whole = calibrate(model, batches, statistics="hessian")
     assert_same(calibrate(model, iter(batches), statistics="hessian", by_block=True), whole)
+    moved = calibrate(model, batches, statistics="hessian", by_block=True, device="cpu")
+    assert_same(moved, whole)
     alone = calibrate(model, batches, by_block=True, tokens=11)
     assert "block 0 of 4, without Hessians" in repr(alone) and not alone.has_hessians
     later = alone["blocks.2.up.weight"]  # those before it run, and nothing is gathered

@@ -6,13 +6,13 @@ import torch.distributed.checkpoint as dcp
 from ranks import group
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from int4q import Int4WeightOnlyConfig, quantize_
+from int4q import Int4SkipWarning, Int4WeightOnlyConfig, load_file, quantize_, save_file
 
 # What a load in one process says of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -84,6 +84,43 @@ def read_alone(path, fmt):
     state = m.state_dict()
     dcp.load(state, checkpoint_id=path, no_dist=True)
     check(m, fmt)
+
+
+# --- int4q's own ways to a model's weights --------------------------------------------------------
+
+
+def saved(path, fmt, how):
+    m = sharded(model(fmt), how)
+    with pytest.raises(TypeError, match=r"plain tensor, got .*DTensor. Gather the shards with"):
+        save_file(m, path)
+    whole = get_model_state_dict(m, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        save_file(whole, path)
+        loaded = load_file(path)
+        expected = model(fmt).state_dict()["0.weight"]
+        assert torch.equal(loaded["0.weight"], expected.to_int4_tensor())
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("how", ["tensor", "fsdp"])
+def test_save_file_takes_gathered_shards(two, tmp_path, fmt, how):
+    pytest.importorskip("safetensors")
+    two.run(saved, str(tmp_path / "model.safetensors"), fmt, how)
+
+
+def sharded_first():
+    plain = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64)).requires_grad_(False)
+    for m, reason in (
+        (plain, "sharded .*before it is sharded"),
+        (model("plain"), "quantised already"),
+    ):
+        sharded(m, "tensor")
+        with pytest.warns(Int4SkipWarning, match=reason):
+            quantize_(m, Int4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+
+
+def test_quantising_comes_before_sharding(two):
+    two.run(sharded_first)
 
 
 # --- pipeline stages ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from ranks import group
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -122,6 +123,25 @@ def test_linear_on_four(four, layout, dim, N):
     four.run(product, layout, dim, N, True)
 
 
+def pre_scaled(layout, dim):
+    """``act_pre_scale`` is that of the shard's in features."""
+    w, x = weight(layout, 64, 128), torch.randn(3, 128)
+    w.act_pre_scale = torch.rand(128)
+    d = distribute_tensor(w, mesh(), [Shard(dim)], src_data_rank=None)
+    got = F.linear(distribute_tensor(x, mesh(), [Replicate()]), d)
+    torch.testing.assert_close(got.full_tensor(), F.linear(x, w), **SUMS)
+    if dim == 0:
+        assert torch.equal(d.full_tensor(), w)
+    else:
+        with pytest.raises(ValueError, match="gathered along their out features"):
+            d.full_tensor()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_act_pre_scale(two, layout, dim):
+    two.run(pre_scaled, layout, dim)
+
+
 # --- parallelize_module ---------------------------------------------------------------------------
 
 
@@ -192,7 +212,39 @@ def test_parallelize_module_on_four(four):
     four.run(parallelized, "plain", True)
 
 
+@torch.no_grad()
+def with_fsdp(fmt):
+    """A mesh of two dims: FSDP2 over what tensor parallelism has sharded."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    m, x = quantized(Block(), fmt), torch.randn(2, 8, 128)
+    expected = m(x)
+    parallelize_module(m, both["tensor"], PLAN)
+    fully_shard(m, mesh=both["data"])
+    for _ in range(2):
+        torch.testing.assert_close(m(x), expected, **SUMS)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_fsdp_over_tensor_parallel(four, fmt):
+    four.run(with_fsdp, fmt)
+
+
 # --- compiled graphs ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compiled(fmt):
+    torch._dynamo.reset()
+    m, x = quantized(Block(), fmt), torch.randn(2, 8, 128)
+    expected = m(x)
+    parallelize_module(m, mesh(), PLAN)
+    torch.testing.assert_close(torch.compile(m)(x), expected, **SUMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiled(two, fmt):
+    two.run(compiled, fmt)
 
 
 def keys():

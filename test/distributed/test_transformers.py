@@ -20,6 +20,10 @@ KINDS = ("llama", "qwen3_moe", "mixtral")
 PARALLEL = {
     "tensor": {"tp_plan": "auto"},
     "experts": {"distributed_config": {"tp_size": 2, "ep_size": 2}},
+    "experts by int4q": {
+        "distributed_config": {"tp_size": 2, "ep_size": 2},
+        "experts_implementation": "int4q",
+    },
 }
 BF16 = 0.02
 """Relative error of bfloat16 logits: o and down are rounded before they are added over ranks."""
@@ -65,6 +69,8 @@ def config(fmt, kind, group_size=32):
 
 def load(path, **kwargs):
     from transformers import AutoModelForCausalLM
+
+    import int4q.integrations.transformers  # noqa: F401  (experts_implementation="int4q")
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
 
@@ -122,7 +128,13 @@ def parallel(path, kind, fmt, stored, how, expected):
 @pytest.mark.parametrize("stored", [False, True], ids=["on load", "stored"])
 @pytest.mark.parametrize(
     "kind,how",
-    [("llama", "tensor"), ("qwen3_moe", "tensor"), ("qwen3_moe", "experts"), ("mixtral", "tensor")],
+    [
+        ("llama", "tensor"),
+        ("qwen3_moe", "tensor"),
+        ("qwen3_moe", "experts"),
+        ("qwen3_moe", "experts by int4q"),
+        ("mixtral", "tensor"),
+    ],
 )
 def test_plans(two, checkpoints, kind, how, stored):
     """Quantised on load and stored in 4 bits: bytes, logits, tokens, and saved from shards."""

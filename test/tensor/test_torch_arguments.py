@@ -216,9 +216,16 @@ UNREGISTERED = {
     "repeat": lambda w: w.repeat(2, 1),
     "embedding bag": lambda w: F.embedding_bag(torch.tensor([[0, 1]]), w),
     "bilinear": lambda w: F.bilinear(torch.randn(2, N), torch.randn(2, K), w[None]),
-    "as_strided": lambda w: w.as_strided((2, 2), (1, 1)),
     "another dtype's bytes": lambda w: w.view(torch.int16),
 }  # fmt: skip
+
+
+def test_as_strided_keeps_the_strides(layout):
+    w = layout.from_hp(torch.randn(N, K), [1, 32])
+    assert torch.equal(w.as_strided((N, K), (K, 1)), w)
+    for size, stride, offset in (((2, 2), (1, 1), 0), ((N, K), (1, N), 0), ((N, K), (K, 1), 1)):
+        with pytest.raises(ValueError, match="as_strided of a 4-bit weight must keep"):
+            w.as_strided(size, stride, offset)
 
 
 @pytest.mark.parametrize("case", UNREGISTERED)
