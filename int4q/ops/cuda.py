@@ -37,7 +37,7 @@ def define(namespace: torch.library.Library, name: str, schema: str, run: Any, f
     twin, planner = f"cuda_{name}", f"plan_{name}"
     for one in (twin, planner):
         namespace.define(one + schema)
-        torch.library.register_fake(f"int4q::{one}", fake, lib=namespace)
+    torch.library.register_fake(f"int4q::{twin}", fake, lib=namespace)
     namespace.impl(name, _on_gpu(name, run), "CUDA")
     namespace.impl(twin, run, "CompositeExplicitAutograd")
     namespace.impl(twin, torch.library.fallthrough_kernel, "Autograd")
