@@ -7,6 +7,7 @@ What follows a model around from one call of ``generate`` to the next is here; t
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ _NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"} | 
 """Module attributes that say nothing more: children, hooks (with which no graph is captured), and
 weights whose parts are buffers too."""
 
+_CAPTURE = threading.Lock()  # torch waits for the device before it captures, which ends another's
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Step]] = weakref.WeakKeyDictionary()
 
 
@@ -62,7 +64,7 @@ class CapturedGraph:
         if self._graph is None:
             graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
             try:
-                with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+                with _CAPTURE, torch.cuda.graph(graph, None, own, "thread_local"):
                     self._output = forward()
             except RuntimeError as error:
                 self.reason = str(error).split("\n")[0]
