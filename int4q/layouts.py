@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from int4q import errors, prepare
 from int4q.tensor import CudaCoalescedInt4Tensor, Int4Tensor
@@ -34,7 +35,7 @@ def to_coalesced_(model: nn.Module, activation_dtype: torch.dtype | None = None)
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no such ``activation_dtype``.
+        ValueError: no such ``activation_dtype``; a 4-bit weight is sharded already.
     """
     allowed = CudaCoalescedInt4Tensor.activation_dtypes
     if activation_dtype is not None and activation_dtype not in allowed:
@@ -58,6 +59,7 @@ def to_plain_(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: a 4-bit weight is sharded already.
     """
     return _convert(model, lambda t: t if isinstance(t, Int4Tensor) else t.to_int4_tensor())
 
@@ -65,6 +67,11 @@ def to_plain_(model: nn.Module) -> nn.Module:
 def _convert(model: nn.Module, convert: Callable[[Int4TensorBase], Int4TensorBase]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise errors.type_("model must be a torch.nn.Module", type(model).__name__)
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor) and isinstance(p.to_local(), Int4TensorBase):
+            raise errors.value(
+                "weights must be whole to be laid out anew", f"{name}, sharded", "Convert first"
+            )
     with prepare.as_given(model):
         convert_weights(model, Int4TensorBase, convert)
     return model

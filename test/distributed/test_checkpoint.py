@@ -12,7 +12,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from int4q import Int4SkipWarning, Int4WeightOnlyConfig, load_file, quantize_, save_file
+from int4q import (
+    Int4SkipWarning,
+    Int4WeightOnlyConfig,
+    load_file,
+    quantize_,
+    save_file,
+    to_coalesced_,
+    to_plain_,
+)
 
 # What a load in one process says of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -117,6 +125,9 @@ def sharded_first():
         sharded(m, "tensor")
         with pytest.warns(Int4SkipWarning, match=reason):
             quantize_(m, Int4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+    for convert in (to_coalesced_, to_plain_):
+        with pytest.raises(ValueError, match="must be whole .*weight, sharded"):
+            convert(m)
 
 
 def test_quantising_comes_before_sharding(two):
