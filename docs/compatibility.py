@@ -105,7 +105,11 @@ def page(runs: list[Run]) -> str:
 
 def _named(area: str, run: Run) -> list[str]:
     """Packages that a table's head names, of those that a run has."""
-    names = {"transformers": ["transformers"], "peft": ["transformers", "peft"]}.get(area, [area])
+    names = {
+        "transformers": ["transformers"],
+        "many GPUs": ["transformers"],
+        "peft": ["transformers", "peft"],
+    }.get(area, [area])
     return [n for n in dict.fromkeys(("torch", "torchao", *names)) if n in run.versions]
 
 

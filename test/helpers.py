@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 """Of the repository."""
 LAYOUTS = (Int4Tensor, CudaCoalescedInt4Tensor)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+HEAVY = os.environ.get("INT4Q_HEAVY") == "1"
+heavy = pytest.mark.skipif(not HEAVY, reason="says again what others say: set INT4Q_HEAVY=1")
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.x")
 
 

@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
+from helpers import HEAVY
 from torch import nn
 
 from int4q.bench import q4gsw_sweep as sweep
 from int4q.kernels import linear_q4gsw, reference
 from int4q.kernels.weight import Weight
 
-HEAVY = os.environ.get("INT4Q_HEAVY") == "1"
 ROWS = [
     pytest.param(
         c,

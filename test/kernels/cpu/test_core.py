@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, without_core
+from helpers import ROOT, heavy, without_core
 from torch import nn
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
@@ -333,12 +333,12 @@ def test_a_static_library_of_the_compiler_stays_private():
 
 SUITES = [
     "test/kernels/cpu/test_core.py",
-    "test/ops/test_derivatives.py",
-    "test/ops/test_linear_q4gsw.py",
-    "test/ops/test_symmetric_ops.py",
-    "test/ops/test_symmetric_contract.py",
-    "test/tensor/test_compile.py",
     "test/tensor/test_matmul.py",
+    pytest.param("test/ops/test_derivatives.py", marks=heavy),
+    pytest.param("test/ops/test_linear_q4gsw.py", marks=heavy),
+    pytest.param("test/ops/test_symmetric_ops.py", marks=heavy),
+    pytest.param("test/ops/test_symmetric_contract.py", marks=heavy),
+    pytest.param("test/tensor/test_compile.py", marks=heavy),
 ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import emulate
 import pytest
+from helpers import heavy
 
 from int4q.kernels.cpu import core, native
 
@@ -34,7 +35,9 @@ def run(files, **environment):
     assert int(summary.split(" passed")[0].split()[-1]) > 250, summary
 
 
-@pytest.mark.parametrize("isa", list(_SETS)[:-1])
+@pytest.mark.parametrize(
+    "isa", ["avx2", *(pytest.param(isa, marks=heavy) for isa in ("avx_vnni", "avx512"))]
+)
 def test_on_this_cpu(isa):
     here = [name for name, feature in _SETS.items() if native._features() & feature]
     if isa not in here[:-1]:
@@ -51,7 +54,10 @@ def program(tmp_path_factory):
     return emulate.build(tmp_path_factory.mktemp("arm"))
 
 
-@pytest.mark.parametrize("cpu", ["cortex-a53", "neoverse-n1"], ids=["neon", "dotprod"])
+@pytest.mark.parametrize(
+    "cpu",
+    [pytest.param("cortex-a53", marks=heavy, id="neon"), pytest.param("neoverse-n1", id="dotprod")],
+)
 def test_on_arm(program, cpu):
     """Armv8.0, and with the dot product; emulated."""
     run(NUMBERS, INT4Q_TEST_EMULATED=f"{program} {cpu}", INT4Q_CORE="0")
