@@ -35,7 +35,7 @@ from int4q.config import Int4WeightOnlyConfig, fitting_group_size, quantize_tens
 from int4q.tensor import Int4Tensor
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in SCALES}
-_STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+_STATE = "quant_state.bitsandbytes__"
 _NESTED = ("nested_quant_map", "nested_absmax")
 _BLOCKS = tuple(1 << n for n in range(5, 13))  # 32 .. 4096
 
@@ -81,10 +81,9 @@ def weights(source: Source, group_size: int) -> Iterator[Foreign]:
         group_size=group_size, group_size_fallback=True, set_inductor_config=False
     )
     for key in source.tensors:
-        part = next((s for s in _STATES if key.endswith(f".{s}")), None)
-        if part is None:
+        name, found, kind = key.partition(f".{_STATE}")
+        if not found:
             continue
-        name = key.removesuffix(f".{part}")
         nested = f"{name}.{_NESTED[0]}" in source.tensors
         parts = ("quant_map", "absmax", *(_NESTED if nested else ()))
         stored = (name, *(f"{name}.{part}" for part in parts))
@@ -92,7 +91,8 @@ def weights(source: Source, group_size: int) -> Iterator[Foreign]:
         _check(state, [source.stored(n) for n in stored], stored)
         size = fitting_group_size(config, state["shape"][1])
         like = foreign.like(tuple(state["shape"]), size, _DTYPES[state["dtype"]])
-        make = partial(_make, name=name, state=state, config=replace(config, group_size=size))
+        fitting = replace(config, group_size=size)
+        make = partial(_make, name=name, state=state, config=fitting, kind=kind)
         yield Foreign(name, (*stored, key), like, make)
 
 
@@ -106,7 +106,7 @@ def _state(key: str, t: Tensor, nested: bool) -> dict[str, Any]:
         if nested:
             good = good and state["nested_blocksize"] in _BLOCKS
             good = good and math.isfinite(state["nested_offset"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         good = False
     if not good:
         raise errors.value(
@@ -136,10 +136,11 @@ def _check(state: Mapping[str, Any], parts: Sequence[Stored], names: Sequence[st
 
 
 def _make(
-    *parts: Tensor, name: str, state: Mapping[str, Any], config: Int4WeightOnlyConfig
+    *parts: Tensor, name: str, state: Mapping[str, Any], config: Int4WeightOnlyConfig, kind: str
 ) -> tuple[Int4Tensor, str]:
     *stored, _ = parts
     w = to_float(state, *stored)
     t = quantize_tensor(w, config, name).to_int4_tensor()
-    off = (t.dequantize(torch.float32) - w.float()).norm() / w.float().norm()
-    return t, f"not exact: {state['quant_type']} quantised again, {float(off):.0%} off"
+    off = float((t.dequantize(torch.float32) - w.float()).norm())
+    share = off and off / float(w.float().norm())  # of zeros nothing is off
+    return t, f"not exact: {kind} quantised again, {share:.0%} off"

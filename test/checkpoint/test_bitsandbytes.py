@@ -1,6 +1,8 @@
 """NF4 and FP4 of bitsandbytes: its values as the published formulas give them, then int4's."""
 
 import json
+import os
+import random
 import shutil
 
 import pytest
@@ -189,6 +191,7 @@ def with_state(**changes):
         (*with_state(blocksize=128), "absmax must have shape"),
         (*with_state(dtype="int8"), "must be JSON"),
         (*with_state(nested_offset=float("nan")), "must be JSON"),
+        (*with_state(nested_offset=10**400), "must be JSON"),
         (*with_state(nested_blocksize=0), "must be JSON"),
         (".absmax", lambda t: t.float(), "absmax must be uint8"),
         (".absmax", lambda t: None, r"must hold .*weight\.absmax"),
@@ -209,3 +212,35 @@ def test_eight_bits_are_refused(tmp_path):
     theirs = checkpoint(tmp_path / "theirs", llama(tmp_path / "model"), **told)
     with pytest.raises(ValueError, match="4 bits, got 8"):
         plan_folder(Source(theirs), lambda name, how: None, requantize=32)
+
+
+def test_zeros(tmp_path):
+    theirs = checkpoint(tmp_path / "theirs", llama(tmp_path / "model"))
+    change(theirs, ".absmax", torch.zeros_like)
+    notes = {}
+    run(plan_folder(Source(theirs), notes.__setitem__, requantize=32), tmp_path / "int4")
+    assert notes[UP].endswith(" 0% off")
+
+
+def test_mutations(tmp_path):
+    """A damaged file is refused, or read as what it now says: never a crash."""
+    number = int(os.environ.get("INT4Q_MUTATIONS", "100"))
+    theirs = checkpoint(tmp_path / "theirs", llama(tmp_path / "model"), nested=True)
+    file = Source(theirs).tensors[UP].file
+    whole, rng, refused = file.read_bytes(), random.Random(number), 0
+    header = 8 + int.from_bytes(whole[:8], "little")
+    state = whole.index(b'{"quant_type"')
+    for _ in range(number):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            start, size = rng.choice([(0, header), (state, 150), (header, len(data) - header)])
+            data[start + rng.randrange(size)] = rng.randrange(256)
+        file.write_bytes(data)
+        try:
+            source = Source(theirs)
+            for weight in bnb.weights(source, 32):
+                t, _ = weight.make(*map(source.read, weight.stored))
+                assert t.shape == weight.like.shape
+        except (ValueError, TypeError):
+            refused += 1
+    assert refused > number / 3
