@@ -56,8 +56,8 @@ def to_float(
         nested_map, nested_absmax = nested
         scales = _scaled(nested_map[absmax.int()], nested_absmax, state["nested_blocksize"])
         absmax = scales + state["nested_offset"]
-    codes = torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten().int()
-    values = _scaled(quant_map[codes], absmax, state["blocksize"])
+    pairs = torch.cartesian_prod(quant_map, quant_map)  # of each byte, the high code's value first
+    values = _scaled(pairs[packed.flatten().int()].flatten(), absmax, state["blocksize"])
     return values.view(state["shape"]).to(_DTYPES[state["dtype"]])
 
 
