@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q._version import __version__
-from int4q.checkpoint import awq, compressed_tensors, gptq, schema
+from int4q.checkpoint import awq, bitsandbytes, compressed_tensors, gptq, schema
 from int4q.checkpoint.foreign import Foreign
 from int4q.checkpoint.gguf_model import GGUFModel
 from int4q.checkpoint.plan import Job, Plan
@@ -34,9 +34,9 @@ FORMATS: dict[str, Callable[[Source], Iterator[Foreign]]] = {
 _PARTS = (*gptq.PARTS, "g_idx", "weight_packed", "weight_scale", "weight_zero_point",
           "weight_shape", "weight_g_idx", "input_scale")  # fmt: skip
 _REFUSED = {
-    "bitsandbytes": "its values are no multiples of a scale: load it with transformers, dequantise "
-    "it and quantise it again",
+    "bitsandbytes": "its values are no multiples of a scale: --requantize GROUP_SIZE comes near",
     "torchao": "it is what int4q writes: int4q.load or transformers read it as it is",
+    **dict.fromkeys(FORMATS, "its values are kept without --requantize"),
 }
 
 
@@ -69,23 +69,32 @@ def plan_gguf(path: Path, note: Note, dtype: torch.dtype = torch.bfloat16) -> Pl
     return plan
 
 
-def plan_folder(source: Source, note: Note) -> Plan:
-    """How to turn a GPTQ, AWQ or compressed-tensors checkpoint into int4q's schema.
+def plan_folder(source: Source, note: Note, requantize: int | None = None) -> Plan:
+    """How to turn a checkpoint of one of ``FORMATS`` into int4q's schema.
+
+    Args:
+        requantize: instead, turn bitsandbytes' values, which cannot be held exactly, into groups
+            of this size.
 
     Raises:
         ValueError: another format, or one that cannot be held exactly; the message says why.
     """
     method = source.config.get("quantization_config", {}).get("quant_method")
-    if method not in FORMATS:
+    formats, kind = FORMATS, ", or be a GGUF file"
+    if requantize is not None:
+        again = partial(bitsandbytes.weights, group_size=requantize)
+        formats, kind = {"bitsandbytes": again}, " to be quantised again"
+    if method not in formats:
         raise errors.value(
-            f"{source.folder} must hold {', '.join(FORMATS)}, or be a GGUF file",
+            f"{source.folder} must hold {', '.join(formats)}{kind}",
             method or "a float checkpoint",
             _REFUSED.get(method, "int4q quantize reads float checkpoints"),
         )
-    found = {weight.name: weight for weight in FORMATS[method](source)}
-    plan = Plan(identity=[__version__, source.stamps()])
+    found = {weight.name: weight for weight in formats[method](source)}
+    plan = Plan(identity=[__version__, torch.__version__, requantize, source.stamps()])
     made = {weight.name.removesuffix("weight") for weight in found.values()}
-    plain = [n for n in source.tensors if not _is_part(n, made)]
+    stored = {part for weight in found.values() for part in weight.stored}
+    plain = [n for n in source.tensors if n not in stored and not _is_part(n, made)]
     shapes = {name: tuple(weight.like.shape) for name, weight in found.items()}
     shapes |= {name: source.tensors[name].shape for name in plain}
     for target, recipe in recipes(skeleton(source), shapes).items():

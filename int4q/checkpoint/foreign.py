@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from int4q import errors, geometry
+from int4q.checkpoint.source import Stored
 from int4q.packing import pack_nibbles
 from int4q.tensor import Int4Tensor
 
@@ -102,7 +103,9 @@ def pack_int32(u: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def check(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+def check(
+    name: str, t: Tensor | Stored, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless a stored tensor is as its format says."""
     if t.dtype not in dtypes:
         raise errors.type_(f"{name} must be {errors.dtypes(dtypes)}", t.dtype)

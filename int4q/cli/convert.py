@@ -18,6 +18,10 @@ def run(
     dst: Annotated[Path, typer.Argument(help="folder to make")],
     max_shard_size: Annotated[str, typer.Option(help="of a file")] = "5GB",
     to: Annotated[str, typer.Option(help="int4q, or compressed-tensors (of int4q's)")] = "int4q",
+    requantize: Annotated[
+        int | None,
+        typer.Option(metavar="GROUP_SIZE", help="quantise bitsandbytes' values again; not exact"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="a line for every tensor")] = False,
 ) -> None:
     """Turn a 4-bit checkpoint of another format into one that transformers loads."""
@@ -29,12 +33,14 @@ def run(
 
     if to not in ("int4q", "compressed-tensors"):
         raise ValueError(f"--to must be int4q or compressed-tensors, got {to!r}")
+    if requantize is not None and (to != "int4q" or not src.is_dir()):
+        raise ValueError(f"--requantize is for a folder of bitsandbytes' weights, got {src}")
     notes: dict[str, str] = {}
     note = notes.__setitem__
     if to == "compressed-tensors":
         plan = export.plan(Source(src))
     else:
-        plan = plan_folder(Source(src), note) if src.is_dir() else plan_gguf(src, note)
+        plan = plan_folder(Source(src), note, requantize) if src.is_dir() else plan_gguf(src, note)
     with team() as me, bytes_progress("converting") as progress:
         report = progress if me.leads else None
         stream(plan, dst, team=me, progress=report, max_shard_size=max_shard_size)

@@ -16,7 +16,7 @@ from torchao.quantization import Int4Tensor as TorchAOInt4Tensor
 from int4q import errors
 from int4q.calibration import Calibration, calibrate
 from int4q.config import Int4WeightOnlyConfig
-from int4q.evaluation import picture
+from int4q.evaluation import card, picture
 from int4q.evaluation.measure import Evaluation, evaluate
 from int4q.geometry import GROUP_SIZES
 from int4q.quantize import quantize_
@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--card", action="store_true", help="write the figures into the README.md of a 4-bit model"
+    )
     parser.add_argument("--picture", type=Path, help="draw the layers here (matplotlib)")
 
 
@@ -51,20 +54,21 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure as asked.
 
     Raises:
-        ValueError: a reference for a model in full precision, which is compared with itself.
+        ValueError: a reference for a model in full precision, which is compared with itself, or a
+            card for one.
         ModuleNotFoundError: a picture without matplotlib.
     """
     from transformers import AutoTokenizer
 
     if arguments.picture:
         picture.check(arguments.picture)
+    readme = card.check(arguments.model) if arguments.card else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = _load(arguments.model, arguments.device)
     if not any(isinstance(p, Int4TensorBase) for p in model.parameters()):
-        if arguments.reference:
-            raise errors.value(
-                "--reference is for a model that is in 4 bits already", arguments.model
-            )
+        if arguments.reference or arguments.card:
+            flag = "--reference" if arguments.reference else "--card"
+            raise errors.value(f"{flag} is for a model that is in 4 bits already", arguments.model)
         reference = copy.deepcopy(model)
         config = Int4WeightOnlyConfig(
             group_size=arguments.group_size,
@@ -87,6 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(headline(summary(model, show=False)))
     if arguments.json:
         arguments.json.write_text(measured.to_json() + "\n")
+    if readme:
+        text = ", ".join(path.name for path in arguments.text) or "Python's manual"
+        card.add(readme, measured, text, arguments.window)
     if arguments.picture:
         picture.draw(measured, arguments.picture)
 

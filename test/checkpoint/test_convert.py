@@ -78,7 +78,7 @@ def told(folder, **changes):
     "method,changes,message",
     [
         ("gptq", {"bits": 8}, "4 bits, got 8"),
-        ("gptq", {"quant_method": "bitsandbytes"}, "no multiples of a scale"),
+        ("gptq", {"quant_method": "bitsandbytes"}, "--requantize GROUP_SIZE"),
         ("gptq", {"quant_method": "exl2"}, "must hold gptq, awq"),
         ("awq", {"version": "gemv"}, "version gemm, got gemv"),
         ("compressed-tensors", {"format": "marlin-24"}, "must be pack-quantized"),

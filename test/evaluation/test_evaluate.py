@@ -218,6 +218,34 @@ def test_the_command_on_a_model_in_4_bits(tmp_path, llama, capsys):
         cli.main(["eval", str(folder), str(text), *COMMAND, "--reference", str(folder)])
 
 
+def test_the_card(tmp_path, llama):
+    from int4q import cli
+
+    folder, text = llama
+    made = tmp_path / "small"
+    cli.main(["quantize", str(folder), str(made), "--group-size", "32"])
+    card, command = made / "README.md", ["eval", str(made), str(text), *COMMAND, "--card"]
+    before = card.read_text()
+    card.write_text(f"{before}\n## Licence\n\nFree.\n")
+    figures = tmp_path / "out.json"
+    cli.main([*command, "--reference", str(folder), "--json", str(figures)])
+    first, read = card.read_text(), json.loads(figures.read_text())
+    assert first.startswith(before) and "99 tokens of text.txt, in windows of 32:" in first
+    assert f"| perplexity | {read['perplexity']:.3f} |" in first
+    assert f"| KL(original, this), nats a token | {read['kl']:.4f} ±" in first
+    card.write_text(first.replace("\n## Licence\n\nFree.\n", "") + "\n## Licence\n\nFree.\n")
+    cli.main(command)  # the figures that were there make way, and nothing else
+    again = card.read_text()
+    assert again.startswith(before) and "\n## Licence\n\nFree.\n" in again
+    assert again.count("int4q eval") == 1 and "KL(" not in again
+    with pytest.raises(ValueError, match="--card is for a folder with a README"):
+        cli.main(["eval", str(folder), str(text), *COMMAND, "--card"])
+    (folder / "README.md").touch()
+    with pytest.raises(ValueError, match="--card is for a model that is in 4 bits already"):
+        cli.main(["eval", str(folder), str(text), *COMMAND, "--card"])
+    assert not (folder / "README.md").read_text()
+
+
 @pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
 def test_the_picture(tmp_path, llama, monkeypatch):
     pytest.importorskip("matplotlib")
