@@ -64,10 +64,12 @@ class Shards:
                 place.hold(whole)
 
     def _check_not_fsdp(self) -> None:
-        if self._config.distributed_config.dp_size > 1:
+        plan = self._config.distributed_config
+        ranks = (plan.fsdp_size or 1) * (getattr(plan, "dp_replicate_size", None) or 1)
+        if ranks > 1:
             raise errors.value(
                 "fsdp_size and dp_replicate_size must be 1 for a model in 4 bits",
-                f"{self._config.distributed_config.dp_size} ranks",
+                f"{ranks} ranks",
                 "Load it without, then call torch.distributed.fsdp.fully_shard",
             )
 

@@ -17,11 +17,13 @@ pytestmark = [
 two, four = group(2), group(4)
 IDS = torch.arange(10)[None]
 KINDS = ("llama", "qwen3_moe", "mixtral")
+DISTRIBUTED = pytest.importorskip("transformers.distributed").DistributedConfig
+EP = {"ep_size": 2} if hasattr(DISTRIBUTED, "ep_size") else {"enable_expert_parallel": True}
 PARALLEL = {
     "tensor": {"tp_plan": "auto"},
-    "experts": {"distributed_config": {"tp_size": 2, "ep_size": 2}},
+    "experts": {"distributed_config": {"tp_size": 2, **EP}},
     "experts by int4q": {
-        "distributed_config": {"tp_size": 2, "ep_size": 2},
+        "distributed_config": {"tp_size": 2, **EP},
         "experts_implementation": "int4q",
     },
 }
