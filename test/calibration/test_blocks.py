@@ -211,5 +211,5 @@ def test_blocks_run_elsewhere_one_at_a_time():
             moments.hessian.cpu() / scale, whole[name].hessian / scale, rtol=1e-3, atol=1e-3
         )
     matrix = width * width * 4
-    assert torch.cuda.max_memory_allocated() - before < 8 * matrix  # of 16 in all
+    assert torch.cuda.max_memory_allocated() - before < 6 * matrix  # of 16 in all
     assert all(not p.is_cuda for p in model.parameters())

@@ -302,7 +302,7 @@ def linear(
     """``(x * act_pre_scale) @ W.T + bias``, weights rounded to the dtype of x, which has 16 bits.
 
     Args:
-        x: ``[M, K]`` bfloat16, float16 or float32, any strides.
+        x: ``[M, K]`` bfloat16 or float16, any strides.
         bias: ``[N]``.
         act_pre_scale: ``[K]``.
         config: the tile, by default the table's.
