@@ -1,10 +1,10 @@
 """The architecture of a GGUF file in transformers: its config, which tensor is which parameter.
 
 Both are transformers' own readings of GGUF, which this adds to where they have gaps: the size of
-experts, Mixtral (which GGUF calls a llama), scaled rotary frequencies. What transformers does to
-the *values* of a tensor (rows of llama's ``q`` and ``k`` reordered, 1 taken from gemma's norms) is
-applied here to the rows of 4-bit weights, so that none is dequantised on the way; and it is undone
-for tensors that go into a file.
+heads and experts, Mixtral (which GGUF calls a llama), scaled rotary frequencies. What transformers
+does to the *values* of a tensor (rows of llama's ``q`` and ``k`` reordered, 1 taken from gemma's
+norms) is applied here to the rows of 4-bit weights, so that none is dequantised on the way; and it
+is undone for tensors that go into a file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _ROWS_ONLY = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor"
 _EXPERTS = re.compile(r".*layers\.(\d+)\..*experts\.(gate_up_proj|down_proj)")
 _STACKS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _SIZES = {
+    "attention.key_length": "head_dim",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
@@ -87,13 +88,17 @@ class Architecture:
     def order(self, n: int, name: str) -> np.ndarray[Any, Any]:
         """Int64 ``[n]``: which of a tensor's rows each row of the parameter is."""
         rows = np.arange(n).reshape(-1, 1)
-        return (self.reordered(rows, name) - self.reordered(0 * rows, name)).reshape(-1)
+        return (self.reordered(rows, name) - self._shift(n, name)).reshape(-1)
+
+    def _shift(self, n: int, name: str) -> int:
+        """What is added to every value of a tensor of ``n`` rows: -1 to gemma's norms."""
+        return int(self.reordered(np.zeros((n, 1), np.int64), name).min())
 
     def restored(self, values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
         """The inverse of :meth:`reordered`, for plain values and for bytes of 4-bit rows."""
-        shift = self.reordered(np.zeros((1,) * values.ndim, np.float32), name).min()
-        order = np.argsort(self.order(len(values), name))
-        rows = values if np.array_equal(order, np.arange(len(order))) else values[order]
+        n = len(values)
+        order, shift = np.argsort(self.order(n, name)), self._shift(n, name)
+        rows = values if np.array_equal(order, np.arange(n)) else values[order]
         return rows - shift if shift else rows
 
 
@@ -109,13 +114,11 @@ def _parse(file: GGUFFile) -> dict[str, Any]:
 
 
 def _completed(parsed: dict[str, Any], fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """``parsed`` with what transformers leaves out of mixtures of experts."""
+    """``parsed`` with what transformers leaves out."""
+    told = {ours: fields.get(f"{name}.{theirs}") for theirs, ours in _SIZES.items()}
+    found = {key: value for key, value in told.items() if value is not None} | parsed
     n_experts = fields.get(f"{name}.expert_count", 0)
-    if not n_experts:
-        return parsed
-    sizes = {ours: fields.get(f"{name}.{theirs}") for theirs, ours in _SIZES.items()}
-    found = {**parsed, **{key: size for key, size in sizes.items() if size is not None}}
-    if name == "llama":
+    if name == "llama" and n_experts:
         found["model_type"] = "mixtral"
         found["num_local_experts"] = n_experts
         found["num_experts_per_tok"] = fields.get(f"{name}.expert_used_count", n_experts)

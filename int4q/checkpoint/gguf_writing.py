@@ -8,6 +8,7 @@ llama.cpp's ``convert_hf_to_gguf.py --vocab-only`` writes one from a folder of t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -224,7 +225,7 @@ def _nearness(t: Int4Tensor, blocks: Tensor, kind: str) -> str:
 
 def _check_config(architecture: Architecture, config: Any) -> None:
     """Raise unless the file's hyperparameters are the model's."""
-    said = {key: getattr(architecture.config, key, None) for key in architecture.said}
+    said = {key: getattr(architecture.config, key, None) for key in sorted(architecture.said)}
     for key, theirs, ours in _differences(said, config.to_dict()):
         raise errors.value(f"the metadata must be of this model: {key} is {ours}", theirs)
 
@@ -256,18 +257,18 @@ def _write(
     for part in parts:
         shape, kind = part.bytes_shape, GGMLQuantizationType[part.kind]
         writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     done, total = 0, sum(math.prod(part.bytes_shape) for part in parts)
-    for part in parts:
-        data, how = part.make()
-        writer.write_tensor_data(data)
-        note(part.name, how)
-        done += data.nbytes
-        if progress:
-            progress(done, total)
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in parts:
+            data, how = part.make()
+            writer.write_tensor_data(data)
+            note(part.name, how)
+            done += data.nbytes
+            if progress:
+                progress(done, total)
 
 
 def _writer(path: Path, said: GGUFFile, kinds: list[str]) -> Any:

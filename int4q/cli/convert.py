@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -25,6 +26,9 @@ def run(
         int | None,
         typer.Option(metavar="GROUP_SIZE", help="quantise bitsandbytes' values again; not exact"),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="of what is not 4-bit in a GGUF file: bfloat16, float16, float32")
+    ] = "bfloat16",
     metadata: Annotated[
         Path | None,
         typer.Option(help="for a .gguf file: one of the same model, to take its tokenizer from"),
@@ -43,6 +47,8 @@ def run(
         raise ValueError(f"--to must be int4q or compressed-tensors, got {to!r}")
     if requantize is not None and (to != "int4q" or not src.is_dir()):
         raise ValueError(f"--requantize is for a folder of bitsandbytes' weights, got {src}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
     is_file = dst.suffix == ".gguf"
     if (metadata or rounded) and not is_file:
         raise ValueError(f"--metadata and --round are for DST.gguf, got {dst}")
@@ -50,7 +56,7 @@ def run(
     if is_file:
         _gguf(src, dst, metadata, rounded, notes)
     else:
-        plan = _plan(src, to, requantize, notes)
+        plan = _plan(src, to, requantize, dtype, notes)
         with team() as me, bytes_progress("converting") as progress:
             report = progress if me.leads else None
             stream(plan, dst, team=me, progress=report, max_shard_size=max_shard_size)
@@ -65,7 +71,7 @@ def run(
     out.print(f"wrote {dst}", markup=False)
 
 
-def _plan(src: Path, to: str, requantize: int | None, notes: dict[str, str]) -> Plan:
+def _plan(src: Path, to: str, requantize: int | None, dtype: str, notes: dict[str, str]) -> Plan:
     from int4q import export
     from int4q.checkpoint.converting import plan_folder, plan_gguf
     from int4q.checkpoint.source import Source
@@ -73,7 +79,9 @@ def _plan(src: Path, to: str, requantize: int | None, notes: dict[str, str]) -> 
     note = notes.__setitem__
     if to == "compressed-tensors":
         return export.plan(Source(src))
-    return plan_folder(Source(src), note, requantize) if src.is_dir() else plan_gguf(src, note)
+    if src.is_dir():
+        return plan_folder(Source(src), note, requantize)
+    return plan_gguf(src, note, getattr(torch, dtype))
 
 
 def _gguf(
