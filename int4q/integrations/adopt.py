@@ -18,10 +18,10 @@ def adopt(model: nn.Module) -> nn.Module:
     """Hold every 4-bit weight of torchao's as an :class:`~int4q.Int4Tensor` over the same parts.
 
     For models that were loaded before int4q was imported, or quantised by torchao; no part is
-    copied, tied weights stay tied. torchao's older ``AffineQuantizedTensor`` of 4 bits, which it has
-    up to 0.17, is unpacked, as exactly as :mod:`int4q.checkpoint.affine_quantized` says. A model of
-    transformers is told what it holds: it can be saved, and trained with adapters, whatever made its
-    4-bit weights.
+    copied, tied weights stay tied. A model of transformers is told what it holds: it can be saved,
+    and trained with adapters, whatever made its 4-bit weights. torchao's older
+    ``AffineQuantizedTensor`` of 4 bits, which it has up to 0.17, is unpacked, as exactly as
+    :mod:`int4q.checkpoint.affine_quantized` says.
 
     Args:
         model: any module; its parameters and buffers are looked through, those of submodules too.
