@@ -108,6 +108,7 @@ def _named(area: str, run: Run) -> list[str]:
     names = {
         "transformers": ["transformers"],
         "many GPUs": ["transformers"],
+        "other formats": ["transformers"],
         "peft": ["transformers", "peft"],
     }.get(area, [area])
     return [n for n in dict.fromkeys(("torch", "torchao", *names)) if n in run.versions]

@@ -55,9 +55,10 @@ def write(
         writer.add_expert_feed_forward_length(INNER)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*(chr(33 + i) for i in range(VOCAB - 1)), "!!"])
+    writer.add_token_list([*(chr(33 + i) for i in range(VOCAB - 2)), "!!", "##"])
+    writer.add_token_scores([-float(i) for i in range(VOCAB)])
     writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["! !"])
+    writer.add_token_merges(["! !", "# #"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if told is not None:
