@@ -44,6 +44,14 @@ def coalesced(M, seed):
     return x, qdata, scale.mT.contiguous(), zero_point.mT.contiguous(), *rest, True
 
 
+def gradient(M, seed, is_coalesced=False):
+    _, qdata, *scales = plain(M, seed)[:4]
+    if is_coalesced:
+        scales = [part.mT.contiguous().mT for part in scales]
+    grad = torch.randn(M, N, device="cuda", generator=generator(seed)).to(BF16)
+    return grad, qdata, *scales, 128
+
+
 def symmetric(M, seed):
     x, qdata, scale, *_ = plain(M, seed)
     return x, qdata, scale.mT.contiguous(), 128
@@ -77,6 +85,8 @@ CASES = {
     "bmm, many rows": ("int4_bmm", lambda seed: stack(256, seed, False)),
     "grouped": ("int4_grouped_mm", lambda seed: stack(8, seed, True)),
     "grouped, many rows": ("int4_grouped_mm", lambda seed: stack(256, seed, True)),
+    "gradient": ("int4_linear_backward", lambda seed: gradient(40, seed)),
+    "gradient, coalesced": ("int4_linear_backward", lambda seed: gradient(40, seed, True)),
     "fp8 rows": ("fp8_rows", lambda seed: (x_of(16, seed), None)),
 }
 cases = pytest.mark.parametrize("case", CASES)
