@@ -52,6 +52,19 @@ def gradient(M, seed, is_coalesced=False):
     return grad, qdata, *scales, 128
 
 
+def routed(seed):
+    scores = torch.rand(12, 20, device="cuda", generator=generator(seed))
+    weights, index = scores.topk(4)
+    return index, weights
+
+
+def combined(seed):
+    index, weights = routed(seed)
+    position = torch.ops.int4q.experts_permute(index, 16)[2]
+    y = torch.randn(48, K, device="cuda", generator=generator(seed)).to(BF16)
+    return y, position, index, weights, 16
+
+
 def symmetric(M, seed):
     x, qdata, scale, *_ = plain(M, seed)
     return x, qdata, scale.mT.contiguous(), 128
@@ -87,6 +100,8 @@ CASES = {
     "grouped, many rows": ("int4_grouped_mm", lambda seed: stack(256, seed, True)),
     "gradient": ("int4_linear_backward", lambda seed: gradient(40, seed)),
     "gradient, coalesced": ("int4_linear_backward", lambda seed: gradient(40, seed, True)),
+    "permute": ("experts_permute", lambda seed: (routed(seed)[0], 16)),
+    "combine": ("experts_combine", lambda seed: combined(seed)),
     "fp8 rows": ("fp8_rows", lambda seed: (x_of(16, seed), None)),
 }
 cases = pytest.mark.parametrize("case", CASES)
