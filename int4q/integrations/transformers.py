@@ -57,7 +57,7 @@ def experts_forward(
 def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, expert: Tensor) -> Tensor:
     """Rows of ``x [S, in]``, sorted by expert, times their experts' weights, plus their biases."""
     w = in_use(self, name)
-    if isinstance(w, Parts):
+    if isinstance(w, Parts) or _as_stored(w, 1 if self.is_transposed else 2):
         y = grouped_along_groups(x, w, offs)
     else:
         w = w if self.is_transposed else w.transpose(-2, -1)
@@ -66,6 +66,16 @@ def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, expert:
         else:  # a layer that was left as it is
             y = getattr(moe, "_grouped_mm", torch._grouped_mm)(x, w, offs=offs)
     return y + getattr(self, f"{name}_bias").index_select(0, expert) if self.has_bias else y
+
+
+def _as_stored(w: Tensor, contracted_dim: int) -> bool:
+    """Whether eager code may take the parts of ``w``: a transposed tensor costs more to make than
+    the product. (Compiled code sees the tensor's ops.)"""
+    return (
+        isinstance(w, Int4TensorBase)
+        and w.grouped_dim == contracted_dim
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _fallback(func, types, args, kwargs):
