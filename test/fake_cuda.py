@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from int4q.kernels.core import library
-from int4q.kernels.launch import driver, record
+from int4q.kernels.launch import driver, images, record
 from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
 
 
@@ -41,6 +41,7 @@ class Fake:
         """A kernel with parameters of so many bytes."""
         words = (ctypes.c_int64 * (len(sizes) + 1))(len(sizes), *sizes)
         self._functions.append(words)
+        images.note(ctypes.addressof(words), bytes(words), "kernel")
         return ctypes.addressof(words)
 
     def take(self) -> list[Seen]:
