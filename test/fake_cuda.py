@@ -46,10 +46,15 @@ class Fake:
 
     def take(self) -> list[Seen]:
         """The launches since the last time."""
-        lines = self.library.fake_log().decode().splitlines()
+        seen = as_seen(self.library.fake_log().decode())
         self.library.fake_clear()
-        parts = [line.split("|") for line in lines]
-        return [Seen(*p[:6], tuple(map(bytes.fromhex, p[6:]))) for p in parts]
+        return seen
+
+
+def as_seen(log: str) -> list[Seen]:
+    """The launches of the driver's log."""
+    parts = [line.split("|") for line in log.splitlines()]
+    return [Seen(*p[:6], tuple(map(bytes.fromhex, p[6:]))) for p in parts]
 
 
 def launch(function: int, tensors, *numbers: int, grid=(6, 1, 1), dependent=False, box=None):
