@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,19 @@ class DecoderLayer(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-def test_a_decoder_layer(tmp_path):
+def microseconds(run, x) -> float:
+    """The best of a call, as ``run_package`` takes it."""
+    best = float("inf")
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            run(x)
+        best = min(best, (time.perf_counter() - start) / 20 * 1e6)
+    return best
+
+
+def test_a_decoder_layer(tmp_path, record_property):
     torch.manual_seed(3)
     layer = DecoderLayer().eval()
     int4q.quantize_(layer, int4q.Int4WeightOnlyConfig(group_size=64, set_inductor_config=False))
@@ -74,5 +88,7 @@ def test_a_decoder_layer(tmp_path):
     without_python = Package(program, library.load()[0]._name, package, plans)
     for M in x:
         assert torch.equal(without_python(x[M]), wanted[M])
+        times = {"Python": microseconds(run, x[M]), "C++": without_python.microseconds}
+        record_property(f"microseconds at M={M}", times)
     with pytest.raises(RuntimeError, match=r"no plan is saved .* shape \[7, 1024\]"):
         without_python(inputs(7, HIDDEN).to("cuda", torch.bfloat16))
