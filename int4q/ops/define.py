@@ -73,9 +73,9 @@ def kernel(
 
     ``x`` says the device and, unless ``dtype`` does, the dtype of the result.
     """
-    device = x.device
-    capability = _capability(device.index) if device.type == "cuda" else None
-    problem = (op, device.type, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
+    device = "cpu" if x.is_cpu else x.device.type  # (asking a device for its type is slow)
+    capability = _capability(x.device.index) if device == "cuda" else None
+    problem = (op, device, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
     if experts != 1:
         problem = (*problem, experts)
     return registry.route(registry.preference(), *problem).run
