@@ -25,6 +25,10 @@ def built(source: Path, folder: Path, *libraries: str) -> Path:
     return path
 
 
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+"""Options of AOTInductor under which a package is there sooner."""
+
+
 class Package:
     """An AOTInductor package, run in a process without Python."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from programs import Package, built, inputs
+from programs import QUICK, Package, built, inputs
 from torch import nn
 
 from int4q import Int4WeightOnlyConfig, quantize_
@@ -25,7 +25,9 @@ def test_a_package_gives_the_same_bits(tmp_path):
     with torch.no_grad():
         exported = torch.export.export(model, (torch.ones(3, 256),), dynamic_shapes=(rows,))
         package = str(tmp_path / "model.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=package, inductor_configs=QUICK
+        )
         program = built(Package.source, tmp_path, "torch", "torch_cpu")
         run = Package(program, _library._name, package)
         for M in (1, 3, 200):  # decode, and blocks

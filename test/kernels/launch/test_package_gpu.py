@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import Package, built, inputs
+from programs import QUICK, Package, built, inputs
 from torch import nn
 
 import int4q
@@ -77,7 +77,9 @@ def test_a_decoder_layer(tmp_path, record_property):
     record.clear()
     with torch.no_grad():
         exported = torch.export.export(layer, (x[8],), dynamic_shapes=(rows,))
-        torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=package, inductor_configs=QUICK
+        )
         run = torch._inductor.aoti_load_package(package)
         wanted = {M: run(x[M]) for M in x}
         for M in x:
