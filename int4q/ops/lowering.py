@@ -13,8 +13,11 @@ import functools
 import torch
 from torch import Tensor
 from torch._inductor import decomposition  # (torchao imports it anyway)
+from torch.compiler import config as compiler
 
+from int4q._version import __version__
 from int4q.kernels import cpu, registry
+from int4q.kernels.core import library
 from int4q.kernels.cpu import core
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
@@ -121,3 +124,5 @@ for _name in _OPAQUE:
     _replace(getattr(torch.ops.int4q, _name).default)(_as_it_is)
 
 decomposition.fast_random_decomps.cache_clear()  # a copy of the table, if it was made already
+# Compiled graphs that torch keeps on disk call what this process has, or has not.
+compiler.cache_key_tag += f" int4q {__version__} {library.load()[1]} {core.load()[1]}"

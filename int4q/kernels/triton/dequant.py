@@ -18,12 +18,14 @@ from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
     group_of_step,
+    has_launch_overlap,
     load_groups,
     matched_groups,
     rounded,
     spread,
     unpack_bytes,
     unsupported_anywhere,
+    wait_for_producer,
 )
 from int4q.kernels.triton.tiles import DequantizeConfig
 from int4q.kernels.weight import Weight
@@ -59,8 +61,9 @@ def _dequantize_kernel(
     out_ptr,  # [N, K] contiguous
     N, K, n_groups, stride_pn, stride_sg, stride_sn, stride_zg, stride_zn,
     GROUP_SIZE: tl.constexpr, SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, ON_GPU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    wait_for_producer(PDL)  # which may write the parts, or read what out was before
     half = K // 2
     tiles_h = tl.cdiv(half, BLOCK_H)
     pid = tl.program_id(0)
@@ -110,15 +113,16 @@ def dequantize_into(weight: Weight, out: Tensor, config: DequantizeConfig | None
     config = config or tuned.dequantize_config(N, K, out.device)
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
+    pdl = has_launch_overlap(out.device)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
     launch(
         _dequantize_kernel, triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),
         packed, scale, zero, out,
         N, K, K // group_size, packed.stride(0), *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
-        ON_GPU=not INTERPRET, BLOCK_N=block_n, BLOCK_H=block_h,
+        ON_GPU=not INTERPRET, PDL=pdl, BLOCK_N=block_n, BLOCK_H=block_h,
         EVEN=N % block_n == 0 and (K // 2) % block_h == 0,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+        num_warps=config.num_warps, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip
 
 

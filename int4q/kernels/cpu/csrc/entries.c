@@ -51,6 +51,31 @@ static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
     return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
 }
 
+/* What the threads of a decode share. */
+typedef struct {
+    const int4q_args *a;
+    const kernels_of *kernels;
+    const all_x *x;
+    int64_t spans, blocks, params_size;
+    block_params params; /* of part 0; the next one's are `params_size` floats further on */
+} decode_job;
+
+static void decode_part(const decode_job *job, int64_t part, int64_t parts) {
+    const range spans = share(job->spans * job->a->M, part, parts);
+    for (int64_t i = spans.begin; i < spans.end; i++) {
+        const int64_t m = i / job->spans;
+        const turned_x chunk = chunk_of(job->x, m / MAX_CHUNK_M);
+        job->kernels->turn_span(job->a, &chunk, m % MAX_CHUNK_M, i % job->spans);
+    }
+    if (parts > 1) {
+        BARRIER;
+    }
+    block_params params = job->params;
+    params.scale += part * job->params_size;
+    params.zero += part * job->params_size;
+    job->kernels->decode_blocks(job->a, job->x, share(job->blocks, part, parts), &params);
+}
+
 EXPORT int int4q_decode(const int4q_args *a) {
     const kernels_of *kernels = choose_kernels(a);
     const int form = kernels ? form_of_x(a, kernels) : 0;
@@ -69,24 +94,19 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t sums_size = ceil_div(t->M * t->groups, 16) * 64;
     const int64_t scale_size = a->group < UNIT_K ? t->units * ROWS * 4 : t->groups * ROWS;
     const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
-    const int64_t batch = blocks_of_batch(block_size), params_size = batch * block_size;
+    const int64_t batch = min64(blocks_of_batch(block_size), ceil_div(blocks, threads));
+    const int64_t params_size = batch * block_size;
     uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
     if (!memory) return INT4Q_NO_MEMORY;
     t->units_x = memory;
     t->group_sum = (float *)(memory + units_size);
-    float *all_params = (float *)(memory + units_size + sums_size);
-    PARALLEL(threads) {
-        const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
-        const range spans_here = share(spans * t->M, part, parts);
-        for (int64_t i = spans_here.begin; i < spans_here.end; i++) {
-            const int64_t m = i / spans;
-            const turned_x chunk = chunk_of(&x, m / MAX_CHUNK_M);
-            kernels->turn_span(a, &chunk, m % MAX_CHUNK_M, i % spans);
-        }
-        BARRIER;
-        float *mine = all_params + part * params_size;
-        const block_params params = {scale_size, zero_size, batch, mine, mine + batch * scale_size};
-        kernels->decode_blocks(a, &x, share(blocks, part, parts), &params);
+    float *params = (float *)(memory + units_size + sums_size);
+    const decode_job job = {a, kernels, &x, spans, blocks, params_size,
+                            {scale_size, zero_size, batch, params, params + batch * scale_size}};
+    if (threads == 1) {
+        decode_part(&job, 0, 1); /* a team of one costs as much as a small product */
+    } else {
+        PARALLEL(threads) decode_part(&job, THREAD_INDEX, THREAD_COUNT);
     }
     aligned_free(memory);
     return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
