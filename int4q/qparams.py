@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from int4q import errors
+from int4q.kernels.cpu import search as cpu_search
 from int4q.packing import pack_nibbles
 
 Q_MIN, Q_MAX = -8, 7
@@ -115,6 +116,14 @@ def search(
         as it is stored, see :func:`nearest`.
     """
     h = groups.new_ones(groups.shape[-1]) if importance is None else importance
+    run = cpu_search.search if ratios and cpu_search.takes(groups, h) else search_in_torch
+    return run(groups, h, ratios, refits)
+
+
+def search_in_torch(
+    groups: Tensor, h: Tensor, ratios: Sequence[float], refits: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`search` on any device: the definition of what the compiled one does."""
     low, high = (end * 0.5 for end in groups.aminmax(dim=-1, keepdim=True))  # (see minmax)
     middle, radius = low + high, high - low
     total = h.sum(dim=-1, keepdim=True)
