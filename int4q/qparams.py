@@ -25,6 +25,8 @@ SMALLEST_RANGE = 1e-6
 # Working-set bound of one step of `quantize`, in weight elements (four float32 copies: 32 MiB; six
 # in a search).
 _CHUNK_ELEMENTS = 1 << 21
+# The same of a search on a GPU, whose many small steps would cost more than their work.
+_GPU_SEARCH_ELEMENTS = 1 << 24
 _LEAST_IMPORTANCE = 1e-4
 
 
@@ -235,7 +237,9 @@ def quantize(
     h = None
     if importance is not None:
         h = with_floor(importance).to(w.device).view(n_groups, group_size)
-    step = max(1, n_rows if w.is_meta else _CHUNK_ELEMENTS // max(K, 1))
+    many = w.is_cuda and algorithm in SEARCHES
+    elements = _GPU_SEARCH_ELEMENTS if many else _CHUNK_ELEMENTS
+    step = max(1, n_rows if w.is_meta else elements // max(K, 1))
     for start in range(0, n_rows, step):
         chunk = slice(start, min(start + step, n_rows))
         groups = rows[chunk].reshape(-1, n_groups, group_size).float().contiguous()
