@@ -18,6 +18,7 @@ from int4q.integrations.generation import (
     drop_cuda_graphs,
 )
 from int4q.integrations.load import load
+from int4q.kernels.core.saved import PlansWarning, save_plans
 from int4q.kernels.registry import KernelPreference, kernel_preference
 from int4q.layouts import to_coalesced_, to_plain_
 from int4q.moe import moe_config
@@ -39,6 +40,7 @@ __all__ = [
     "Int4Tensor",
     "Int4WeightOnlyConfig",
     "KernelPreference",
+    "PlansWarning",
     "Summary",
     "__version__",
     "adopt",
@@ -54,6 +56,7 @@ __all__ = [
     "prepare_for_inference_",
     "quantize_",
     "save_file",
+    "save_plans",
     "summary",
     "to_coalesced_",
     "to_plain_",

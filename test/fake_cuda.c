@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct { int id; char pad[4]; int value; char rest[60]; } Attribute;
@@ -80,4 +81,16 @@ int aoti_torch_cuda_mm_out(void *out, void *a, void *b) {
 int aoti_torch_cuda_addmm_out(void *out, void *c, void *a, void *b, double beta, double alpha) {
     typedef int (*addmm)(void *, void *, void *, void *, double, double);
     return ((addmm)torch("aoti_torch_cpu_addmm_out"))(out, c, a, b, beta, alpha);
+}
+
+/* A binary is the words of its one function. */
+int cuModuleLoadData(void **module, const void *image) { return *module = (void *)image, 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    const int64_t *words = module;
+    if (strcmp(name, "kernel")) return 500;
+    void *copy = malloc((words[0] + 1) * sizeof *words);
+    return *function = memcpy(copy, words, (words[0] + 1) * sizeof *words), 0;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    return !function || attribute != 8 || value <= 48 * 1024;
 }

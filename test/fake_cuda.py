@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from int4q.kernels.core import library
-from int4q.kernels.launch import driver, record
+from int4q.kernels.launch import driver, images, record
 from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
 
 
@@ -41,14 +41,20 @@ class Fake:
         """A kernel with parameters of so many bytes."""
         words = (ctypes.c_int64 * (len(sizes) + 1))(len(sizes), *sizes)
         self._functions.append(words)
+        images.note(ctypes.addressof(words), bytes(words), "kernel")
         return ctypes.addressof(words)
 
     def take(self) -> list[Seen]:
         """The launches since the last time."""
-        lines = self.library.fake_log().decode().splitlines()
+        seen = as_seen(self.library.fake_log().decode())
         self.library.fake_clear()
-        parts = [line.split("|") for line in lines]
-        return [Seen(*p[:6], tuple(map(bytes.fromhex, p[6:]))) for p in parts]
+        return seen
+
+
+def as_seen(log: str) -> list[Seen]:
+    """The launches of the driver's log."""
+    parts = [line.split("|") for line in log.splitlines()]
+    return [Seen(*p[:6], tuple(map(bytes.fromhex, p[6:]))) for p in parts]
 
 
 def launch(function: int, tensors, *numbers: int, grid=(6, 1, 1), dependent=False, box=None):

@@ -73,9 +73,9 @@ def kernel(
 
     ``x`` says the device and, unless ``dtype`` does, the dtype of the result.
     """
-    device = x.device
-    capability = _capability(device.index) if device.type == "cuda" else None
-    problem = (op, device.type, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
+    device = "cpu" if x.is_cpu else x.device.type  # (asking a device for its type is slow)
+    capability = _capability(x.device.index) if device == "cuda" else None
+    problem = (op, device, dtype or x.dtype, scale.dtype, M, N, K, group_size, capability)
     if experts != 1:
         problem = (*problem, experts)
     return registry.route(registry.preference(), *problem).run
@@ -84,8 +84,9 @@ def kernel(
 def run_2d(op: str, x: Tensor, weight: Weight, *rest) -> Tensor:
     """Flatten the leading dims of ``x``, run the chosen kernel, restore them."""
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    shape = flat.shape[0], weight.N, weight.K, weight.group_size
-    y = kernel(op, x, weight.scale, *shape)(flat, weight, *rest)
+    N, K_bytes = weight.qdata.shape
+    run = kernel(op, x, weight.scale, flat.shape[0], N, 2 * K_bytes, weight.group_size)
+    y = run(flat, weight, *rest)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -215,7 +215,9 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     link = self._int4q_fused
     if link is not None and link[0].is_open and link[0].weight is not None:
         return link[0].product(link[1], input)
-    return linear_along_groups(input, w, self.bias)
+    registered = self._parameters  # (a module is slow to find what is registered by its name)
+    bias = registered["bias"] if "bias" in registered else self.bias
+    return linear_along_groups(input, w, bias)
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:

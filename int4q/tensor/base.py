@@ -106,15 +106,20 @@ class Int4TensorBase(GatheredByFSDP, TorchAOBaseTensor, metaclass=_OneTensorIsAP
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """Names of the parts held, and the attributes: what ``__tensor_unflatten__`` takes.
 
-        Compiled code asks for it at every call, so the shape is read past ``__torch_function__``;
-        the other attributes are the instance's own and never get there.
+        Compiled code asks for it at every call, up to three times, so it is written for speed, and
+        the shape is read past ``__torch_function__``; the other attributes are the instance's own
+        and never get there.
         """
-        optional = [n for n in self.optional_tensor_data_names if getattr(self, n) is not None]
+        names, attributes = list(self.tensor_data_names), {}
+        for name in self.optional_tensor_data_names:
+            if getattr(self, name) is not None:
+                names.append(name)
         with torch._C.DisableTorchFunctionSubclass():
-            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+            for name in self.tensor_attribute_names:
+                attributes[name] = getattr(self, name)
         for name in self.optional_tensor_attribute_names:
             attributes[name] = getattr(self, name)
-        return self.tensor_data_names + optional, attributes
+        return names, attributes
 
     @classmethod
     def __tensor_unflatten__(

@@ -7,6 +7,8 @@
 
 #include <exception>
 
+#include "launcher.h"
+
 namespace int4q {
 
 thread_local Preference preference;

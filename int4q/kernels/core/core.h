@@ -21,9 +21,7 @@ extern thread_local Preference preference;
 /* A library of the namespace that is open for good: closing one takes its registrations back. */
 torch::stable::detail::StableLibrary *open_library(const char *dispatch_key);
 
-/* Both throw what torch throws. */
+/* Throws what torch throws. */
 void register_cpu_linear(bool define_schema);
-void register_launcher(const char *name, const char *planner, const char *arguments,
-                       const char *dispatch_key);
 
 }  // namespace int4q

@@ -6,8 +6,6 @@
 #include <string>
 #include <type_traits>
 
-#include "core.h"
-
 namespace int4q {
 
 Driver driver{};
@@ -22,8 +20,6 @@ void Driver::check(int status, const char *what) const {
 
 }  // namespace int4q
 
-/* Look up what plans need in the CUDA driver and in torch's CUDA library, which is loaded already.
- * 0, or 1 if something is missing. */
 EXPORT int int4q_core_open(const char *cuda, const char *torch_cuda) {
     void *const opened = dlopen(cuda, RTLD_NOW);
     void *const torch = dlopen(torch_cuda, RTLD_NOW | RTLD_NOLOAD);
@@ -38,6 +34,11 @@ EXPORT int int4q_core_open(const char *cuda, const char *torch_cuda) {
                      find(opened, "cuCtxSetCurrent", found.set_context) &&
                      find(opened, "cuTensorMapReplaceAddress", found.move_map) &&
                      find(opened, "cuGetErrorString", found.error_text) &&
+                     find(opened, "cuDeviceGet", found.device) &&
+                     find(opened, "cuDevicePrimaryCtxRetain", found.retain) &&
+                     find(opened, "cuModuleLoadData", found.load) &&
+                     find(opened, "cuModuleGetFunction", found.function) &&
+                     find(opened, "cuFuncSetAttribute", found.set_attribute) &&
                      find(torch, "aoti_torch_get_current_cuda_stream", found.stream) &&
                      find(torch, "aoti_torch_cuda_mm_out", found.mm) &&
                      find(torch, "aoti_torch_cuda_addmm_out", found.addmm);

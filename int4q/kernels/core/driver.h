@@ -2,9 +2,9 @@
  * build this. */
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <cstdint>
+
+#include "core.h"
 
 namespace int4q {
 
@@ -25,6 +25,8 @@ struct LaunchConfig { /* CUlaunchConfig */
 };
 
 constexpr int PROGRAMMATIC_SERIALIZATION = 6; /* CU_LAUNCH_ATTRIBUTE_.. */
+constexpr int MAX_DYNAMIC_SHARED = 8;         /* CU_FUNC_ATTRIBUTE_.._SIZE_BYTES */
+constexpr unsigned FREE_SHARED = 48 * 1024;   /* what every kernel may take */
 
 struct Driver {
     int (*launch)(const LaunchConfig *, void *function, void **parameters, void **extra);
@@ -32,6 +34,11 @@ struct Driver {
     int (*set_context)(void *);
     int (*move_map)(void *map, void *address);
     int (*error_text)(int, const char **);
+    int (*device)(int *, int index);
+    int (*retain)(void **context, int device);
+    int (*load)(void **module, const void *image);
+    int (*function)(void **, void *module, const char *name);
+    int (*set_attribute)(void *function, int attribute, int value);
 
     AOTITorchError (*stream)(int32_t device, void **);
     AOTITorchError (*mm)(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
@@ -65,3 +72,7 @@ class Context {
 };
 
 }  // namespace int4q
+
+/* Look up what plans need in the CUDA driver and in torch's CUDA library, which is loaded already.
+ * 0, or 1 if something is missing. */
+EXPORT int int4q_core_open(const char *cuda, const char *torch_cuda);

@@ -1,20 +1,16 @@
 /* The kernels of the ops on a GPU: plans, kept by kind and replayed.
  *
- * A kind is what may tell calls apart: dtypes, shapes, strides, devices and alignment of the tensors,
- * and the other arguments. A call whose kind has a plan allocates, fills in addresses and launches.
- * Any other calls the op's planner, which is Python: it runs the call and hands in its plan
- * (int4q_core_keep).
+ * A call whose kind has a plan allocates, fills in addresses and launches. Any other calls the op's
+ * planner, which is Python: it runs the call and hands in its plan (int4q_core_keep). A process
+ * without Python has the plans of a file (saved.cpp), and no planners.
  */
-#include <cstring>
-#include <deque>
-#include <memory>
-#include <mutex>
+#include "launcher.h"
+
+#include <algorithm>
 #include <optional>
-#include <shared_mutex>
-#include <unordered_map>
 
 #include "driver.h"
-#include "plan.h"
+#include "table.h"
 
 namespace int4q {
 
@@ -23,83 +19,7 @@ namespace {
 using torch::stable::detail::to;
 
 constexpr size_t MAX_OPS = 32;
-constexpr size_t MAX_PLANS = 2048; /* record.py's */
-constexpr size_t MAX_KEY = 160;
 constexpr size_t MAX_MADE = 5; /* slots that a plan itself may fill */
-
-struct Key {
-    std::array<int64_t, MAX_KEY> words;
-    size_t size = 0;
-    uint64_t hash = 0x9e3779b97f4a7c15;
-    bool full = false;
-
-    void add(int64_t word) {
-        if (size == MAX_KEY) {
-            full = true;
-            return;
-        }
-        words[size++] = word;
-        hash = (hash ^ uint64_t(word)) * 0xff51afd7ed558ccd;
-        hash ^= hash >> 32;
-    }
-    void add(const int64_t *list, int64_t n) {
-        for (int64_t i = 0; i < n; i++) add(list[i]);
-    }
-};
-
-/* Kinds and their plans; a kind of which none can be made has a null one. */
-class Table {
-    struct Entry {
-        std::vector<int64_t> words;
-        std::shared_ptr<const Plan> plan;
-    };
-    mutable std::shared_mutex mutex;
-    std::unordered_multimap<uint64_t, Entry> entries;
-    std::deque<uint64_t> order; /* the oldest first */
-
-    static bool same(const Entry &entry, const Key &key) {
-        return entry.words.size() == key.size &&
-               !std::memcmp(entry.words.data(), key.words.data(), key.size * sizeof(int64_t));
-    }
-
-   public:
-    /* Whether the kind is known, and its plan. */
-    bool find(const Key &key, std::shared_ptr<const Plan> &plan) const {
-        const std::shared_lock lock(mutex);
-        for (auto [it, end] = entries.equal_range(key.hash); it != end; ++it) {
-            if (!same(it->second, key)) continue;
-            plan = it->second.plan;
-            return true;
-        }
-        return false;
-    }
-
-    void keep(const Key &key, std::shared_ptr<const Plan> plan) {
-        std::shared_ptr<const Plan> other;
-        if (find(key, other)) return;
-        const std::unique_lock lock(mutex);
-        while (order.size() >= MAX_PLANS) {
-            entries.erase(entries.find(order.front()));
-            order.pop_front();
-        }
-        const auto *words = key.words.data();
-        entries.emplace(key.hash, Entry{{words, words + key.size}, std::move(plan)});
-        order.push_back(key.hash);
-    }
-
-    void clear() {
-        const std::unique_lock lock(mutex);
-        entries.clear();
-        order.clear();
-    }
-
-    size_t size() const {
-        const std::shared_lock lock(mutex);
-        return order.size();
-    }
-};
-
-Table table;
 
 /* What this thread's planner is to make a plan of, and what it says went wrong. */
 struct Pending {
@@ -114,7 +34,7 @@ thread_local Pending pending;
  * ------------------------------------------------------------------------------------------- */
 
 struct Op {
-    std::string planner, arguments;
+    std::string name, planner, arguments;
 };
 std::array<Op, MAX_OPS> ops;
 size_t n_ops = 0;
@@ -168,8 +88,26 @@ void release(const Op &op, StableIValue *stack) {
     }
 }
 
+/* What a process without Python is told. */
+std::string not_saved(const Op &op, const StableIValue *stack) {
+    std::string sizes;
+    if (const auto first = tensor_at(op.arguments[0], stack[0])) {
+        int64_t dims = 0, *shape = nullptr;
+        check(aoti_torch_get_dim(first, &dims));
+        check(aoti_torch_get_sizes(first, &shape));
+        for (int64_t i = 0; i < dims; i++) sizes += (i ? ", " : "") + std::to_string(shape[i]);
+    }
+    return "int4q: no plan is saved of this call of int4q::" + op.name + ", whose first argument has "
+           "shape [" + sizes + "]: make the call in Python before int4q.save_plans() writes the file";
+}
+
 /* The planner's call, which takes the arguments over. */
 void plan(const Op &op, StableIValue *stack, uint64_t n_outputs, const Key *key) {
+    if (op.planner.empty()) {
+        const std::string text = not_saved(op, stack);
+        release(op, stack);
+        throw std::runtime_error(text);
+    }
     if (pending.key) key = nullptr; /* a part of another call that is being noted */
     const Pending outer = std::exchange(pending, Pending{key, false, std::nullopt});
     const auto error =
@@ -190,14 +128,17 @@ void call(const Op &op, size_t number, StableIValue *stack, uint64_t n_outputs) 
     Memory memory;
     add_arguments(key, op, stack, memory);
     if (!preference.none || key.full) return plan(op, stack, n_outputs, nullptr);
-    std::shared_ptr<const Plan> found;
+    KeptPlan found;
     if (!table.find(key, found)) return plan(op, stack, n_outputs, &key);
     if (!found) return plan(op, stack, n_outputs, nullptr);
     std::vector<Handle> made;
     try {
         made = found->run(memory);
-    } catch (const Refused &) { /* Python's way says why, as torch does */
-        return plan(op, stack, n_outputs, nullptr);
+    } catch (const Refused &) {
+        if (!op.planner.empty()) /* Python's way says why, as torch does */
+            return plan(op, stack, n_outputs, nullptr);
+        release(op, stack);
+        throw;
     } catch (...) {
         release(op, stack);
         throw;
@@ -221,12 +162,19 @@ constexpr auto FUNCTIONS = functions(std::make_index_sequence<MAX_OPS>{});
 
 }  // namespace
 
+size_t number_of(const std::string &name) {
+    return size_t(std::find_if(ops.begin(), ops.begin() + n_ops,
+                               [&](const Op &op) { return op.name == name; }) - ops.begin());
+}
+
+size_t number_of_ops() { return n_ops; }
+
 void register_launcher(const char *name, const char *planner, const char *arguments,
                        const char *dispatch_key) {
     const std::string letters = arguments;
     if (n_ops == MAX_OPS || letters.size() > MAX_SLOTS - MAX_MADE)
         throw std::runtime_error("int4q: too many ops or arguments");
-    ops[n_ops] = {planner, letters};
+    ops[n_ops] = {name, planner, letters};
     open_library(dispatch_key)->impl(name, FUNCTIONS[n_ops]);
     n_ops++;
 }
@@ -249,7 +197,3 @@ EXPORT int int4q_core_keep(const int64_t *words, int64_t n) try {
 
 /* What this thread's planner gives in place of a result: the text of an error. */
 EXPORT void int4q_core_fail(const char *text) { int4q::pending.failure = text; }
-
-EXPORT void int4q_core_clear(void) { int4q::table.clear(); }
-
-EXPORT int64_t int4q_core_plans(void) { return int64_t(int4q::table.size()); }

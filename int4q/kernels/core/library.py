@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,18 @@ def open_driver(library: ctypes.CDLL, cuda: str, torch_cuda: str) -> str | None:
 # --- ops that the core runs from plans ------------------------------------------------------------
 
 
+class Launcher(NamedTuple):
+    """An op of the core, as :func:`launcher` takes it."""
+
+    name: str
+    arguments: str
+    dispatch_key: str
+
+
+launchers: list[Launcher] = []
+"""By the number that the core has for the op."""
+
+
 def launcher(
     library: ctypes.CDLL, name: str, planner: str, arguments: str, dispatch_key: str = "CUDA"
 ) -> None:
@@ -92,6 +104,7 @@ def launcher(
     names = (name, planner, arguments, dispatch_key)
     if library.int4q_core_register_launcher(*(text.encode() for text in names)):
         raise RuntimeError(f"torch {torch.__version__} did not take the C++ core's {name}")
+    launchers.append(Launcher(name, arguments, dispatch_key))
 
 
 def planning(library: ctypes.CDLL, run: Callable[..., Any], arguments: str, outputs: int):

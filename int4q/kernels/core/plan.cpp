@@ -19,6 +19,11 @@ Device device_of(Words &words) {
             int32_t(words.next())};
 }
 
+void *context_of(Words &words, Device device) {
+    const int64_t handle = words.next();
+    return words.handles ? words.handles->context(device.index) : reinterpret_cast<void *>(handle);
+}
+
 }  // namespace
 
 void Memory::add(AtenTensorHandle tensor) {
@@ -46,10 +51,13 @@ Handle Sides::allocate(Device device) const {
  * Steps
  * ------------------------------------------------------------------------------------------- */
 
-Launch::Launch(Words &words) : function(reinterpret_cast<void *>(words.next())) {
+Launch::Launch(Words &words) {
+    const int64_t handle = words.next();
     for (auto &side : grid) side = unsigned(words.next());
     block = unsigned(words.next());
     shared_bytes = unsigned(words.next());
+    function = words.handles ? words.handles->function(handle, shared_bytes)
+                             : reinterpret_cast<void *>(handle);
     dependent = words.next() != 0;
     parameters = words.list(words.count(MAX_PARAMETER_BYTES / 8));
     offsets = words.list(words.count(MAX_PARAMETERS));
@@ -117,16 +125,16 @@ void Operator::run(const Memory &memory, const Where &where) const {
  * All of them
  * ------------------------------------------------------------------------------------------- */
 
-Plan::Plan(Words &words)
-    : context(reinterpret_cast<void *>(words.next())), device(device_of(words)), scratch(words) {
-    for (size_t n = words.count(MAX_OUTPUTS); n--;) outputs.emplace_back(words);
-    for (size_t n = words.count(MAX_STEPS); n--;) {
-        if (words.next())
-            steps.emplace_back(std::in_place_type<Operator>, words);
+Plan::Plan(Words &all)
+    : words(all.at, all.end), device(device_of(all)), context(context_of(all, device)), scratch(all) {
+    for (size_t n = all.count(MAX_OUTPUTS); n--;) outputs.emplace_back(all);
+    for (size_t n = all.count(MAX_STEPS); n--;) {
+        if (all.next())
+            steps.emplace_back(std::in_place_type<Operator>, all);
         else
-            steps.emplace_back(std::in_place_type<Launch>, words);
+            steps.emplace_back(std::in_place_type<Launch>, all);
     }
-    if (scratch.shape.size() != 1 || words.at != words.end) throw std::runtime_error("int4q: a plan is too long");
+    if (scratch.shape.size() != 1 || all.at != all.end) throw std::runtime_error("int4q: a plan is too long");
 }
 
 std::vector<Handle> Plan::run(Memory &memory) const {

@@ -28,8 +28,15 @@ inline void check(AOTITorchError error) {
     if (error) throw Refused("int4q: torch refused a step of a plan");
 }
 
+/* What is another process's own in the plans of a file, as this one has it. */
+struct Handles {
+    virtual void *context(int32_t device) = 0;
+    virtual void *function(int64_t saved, unsigned shared_bytes) = 0;
+};
+
 struct Words { /* what Plan.words() of plan.py gives */
     const int64_t *at, *end;
+    Handles *handles = nullptr; /* none: they are this process's */
 
     int64_t next() {
         if (at == end) throw std::runtime_error("int4q: a plan ends early");
@@ -134,8 +141,9 @@ struct Operator {
 };
 
 struct Plan {
-    void *context;
+    std::vector<int64_t> words;
     Device device;
+    void *context;
     Sides scratch;
     std::vector<Sides> outputs;
     std::vector<std::variant<Launch, Operator>> steps;

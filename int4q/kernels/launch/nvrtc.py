@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from int4q.kernels.launch import driver
+from int4q.kernels.launch import driver, images
 
 _FUNCTION_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -151,6 +151,7 @@ class Module:
 
     def __init__(self, cubin: bytes, device: int):
         torch.cuda.init()
+        self._cubin = cubin
         self._context = driver.context(device)
         self._handle = ctypes.c_void_p()
         self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
@@ -170,6 +171,7 @@ class Module:
             if not function:
                 reference = ctypes.byref(function)
                 driver.call("cuModuleGetFunction", reference, self._handle, name.encode())
+                images.note(function.value or 0, self._cubin, name)
             if shared_bytes > allowed:
                 more = _FUNCTION_MAX_DYNAMIC_SHARED, shared_bytes
                 driver.call("cuFuncSetAttribute", function, *more)

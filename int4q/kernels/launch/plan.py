@@ -163,7 +163,7 @@ class Plan:
         """All of it as integers, in the order in which ``launcher.cpp`` reads them."""
         kind = {"cpu": 0, "cuda": 1}[self.device.type]
         scratch = self.scratch_bytes // self.scratch_dtype.itemsize
-        found = [self.context, kind, self.device.index or 0]
+        found = [kind, self.device.index or 0, self.context]
         found += [*_sides(self.scratch_dtype, [scratch], [1]), len(self.outputs)]
         for output in self.outputs:
             found += _sides(*output)

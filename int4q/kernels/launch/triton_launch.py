@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import triton
 from torch import Tensor
 
-from int4q.kernels.launch import driver, record
+from int4q.kernels.launch import driver, images, record
 from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,6 +46,7 @@ def launch(kernel, grid: int | tuple[int, ...], *args, **options) -> None:
     if recorder := record.recorder():
         reason = unavailable() or _not_replayable(compiled)
         if reason is None:
+            images.note(compiled.function, compiled.kernel, compiled.name)
             recorder.launch(noted(compiled, grid, args))
         else:
             recorder.fail(reason)

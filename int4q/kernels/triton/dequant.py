@@ -18,24 +18,24 @@ from int4q.kernels.triton import tuned
 from int4q.kernels.triton.common import (
     INTERPRET,
     group_of_step,
+    has_launch_overlap,
     load_groups,
     matched_groups,
     rounded,
     spread,
     unpack_bytes,
     unsupported_anywhere,
+    wait_for_producer,
 )
 from int4q.kernels.triton.tiles import DequantizeConfig
 from int4q.kernels.weight import Weight
 
 SLICE_BYTES = 256 << 20
-"""Most memory that :func:`linear` takes for dequantised weights at a time.
+"""Most memory that :func:`linear` and :func:`grad_input` take for dequantised weights at a time.
 
 Measured on an H200: 64 MB slices cost up to 10 % (smaller GEMMs leave more of the device idle at
 their ends), and dequantising the next slice beside the GEMM gains nothing.
 """
-GRADIENT_SLICE_BYTES = 64 << 20
-"""The same for :func:`grad_input`, which adds up a part of the result for every slice."""
 
 
 def unsupported(problem) -> str | None:
@@ -61,8 +61,9 @@ def _dequantize_kernel(
     out_ptr,  # [N, K] contiguous
     N, K, n_groups, stride_pn, stride_sg, stride_sn, stride_zg, stride_zn,
     GROUP_SIZE: tl.constexpr, SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, ON_GPU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    wait_for_producer(PDL)  # which may write the parts, or read what out was before
     half = K // 2
     tiles_h = tl.cdiv(half, BLOCK_H)
     pid = tl.program_id(0)
@@ -112,15 +113,16 @@ def dequantize_into(weight: Weight, out: Tensor, config: DequantizeConfig | None
     config = config or tuned.dequantize_config(N, K, out.device)
     block_n, block_h = config.block_n, config.block_h
     scale, zero = matched_groups(scale, zero_point)
+    pdl = has_launch_overlap(out.device)
     # No fused multiply-add: the plain result rounds q * scale before it adds the zero point.
     launch(
         _dequantize_kernel, triton.cdiv(N, block_n) * triton.cdiv(K // 2, block_h),
         packed, scale, zero, out,
         N, K, K // group_size, packed.stride(0), *scale.stride(), *zero.stride(),
         GROUP_SIZE=group_size, SIGNED=signed, HAS_ZERO=zero_point is not None,
-        ON_GPU=not INTERPRET, BLOCK_N=block_n, BLOCK_H=block_h,
+        ON_GPU=not INTERPRET, PDL=pdl, BLOCK_N=block_n, BLOCK_H=block_h,
         EVEN=N % block_n == 0 and (K // 2) % block_h == 0,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+        num_warps=config.num_warps, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -180,15 +182,22 @@ def linear(
     return out
 
 
+@planned
 def grad_input(grad: Tensor, weight: Weight) -> Tensor:
-    """``grad [M, N] @ W``, one slice of rows dequantised at a time, summed in float32."""
+    """``grad [M, N] @ W`` by dequantising slices of columns and calling cuBLAS: ``[M, K]``.
+
+    (Slices of rows would each give a part of every sum.)
+    """
+    N, K = weight.N, weight.K
     dtype = torch.promote_types(grad.dtype, weight.scale.dtype)
-    step = max(1, GRADIENT_SLICE_BYTES // max(1, weight.K * dtype.itemsize))
-    total = None
-    for start in range(0, weight.N, step):
-        rows = slice(start, start + step)
-        part = grad[:, rows].to(dtype) @ dequantize(weight.rows(rows), dtype)
-        if step >= weight.N:
-            return part.to(grad.dtype)
-        total = part.float() if total is None else total.add_(part)
-    return grad.new_zeros((grad.shape[0], weight.K)) if total is None else total.to(grad.dtype)
+    wide = grad.to(dtype)
+    out = wide.new_empty((wide.shape[0], K))
+    unit = -(-256 // weight.group_size) * weight.group_size
+    step = min(K, max(1, SLICE_BYTES // max(1, N * unit * dtype.itemsize)) * unit)
+    scratch = wide.new_empty(N * step)
+    for start in range(0, K, max(1, step)):
+        columns = slice(start, min(start + step, K))
+        part = scratch[: N * (columns.stop - start)].view(N, columns.stop - start)
+        dequantize_into(weight.columns(columns), part)
+        torch.mm(wide, part, out=out[:, columns])
+    return out.to(grad.dtype)

@@ -357,3 +357,28 @@ def test_everything_works_without_it(suite):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+COMPILED = """
+import torch
+from torch._inductor.utils import run_and_get_code
+from int4q import Int4Tensor
+w = Int4Tensor.from_hp(torch.ones(32, 32), [1, 32])
+with torch.no_grad():
+    run = torch.compile(lambda x: torch.nn.functional.linear(x, w))
+    y, code = run_and_get_code(run, torch.ones(1, 32))
+print("int4q.cpu_linear" in "".join(code))
+"""
+
+
+@needs_core
+@pytest.mark.slow
+def test_graphs_on_disk_are_of_processes_with_the_same_kernels(tmp_path):
+    def compiled(**switch):
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **switch}
+        command = [sys.executable, "-W", "ignore", "-c", COMPILED]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert compiled(INT4Q_CORE="0") == ["False"]
+    assert compiled() == ["True"]

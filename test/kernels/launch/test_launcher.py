@@ -8,62 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fake_cuda import launch
+from planned_op import LIBRARY, OP, TWO, named, parts, register
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from int4q import errors, kernel_preference
+from int4q import kernel_preference
 from int4q.kernels.core import library
 from int4q.kernels.launch import record
-from int4q.kernels.launch.record import planned
 from int4q.ops import cuda
 
 _core, _reason = library.load()
 pytestmark = pytest.mark.skipif(_core is None, reason=str(_reason))
-BF16 = torch.bfloat16
-
-
-class TwoLaunches:
-    """An op ``(x [M, K], w [N, K/2], bias?, factor, flag) -> [M, N]`` of two launches."""
-
-    def __init__(self):
-        self.first = self.second = 0
-        self.runs = 0
-        self.planned = planned(self.body)
-
-    def use(self, fake):
-        self.first, self.second = fake.function(*[8] * 5, 4, 4, 128), fake.function(8, 8, 4)
-        self.runs = 0
-
-    def body(self, x, w, bias=None, factor=5, flag=False):
-        if factor < 0:
-            raise errors.value("factor must not be negative", factor)
-        out = x.new_empty((x.shape[0], w.shape[0]))
-        part = x.new_empty((3, 5), dtype=torch.float32)
-        count = torch.empty(9, dtype=torch.int32)
-        tensors = x, w[1:], bias, part, count
-        launch(self.first, tensors, factor, int(flag), dependent=True, box=w)
-        launch(self.second, (part, out), x.shape[0], grid=(8, x.shape[0], 1))
-        return out
-
-    def __call__(self, *args):
-        self.runs += 1
-        return self.body(*args)
-
-
-SCHEMA = "(Tensor x, Tensor w, Tensor? bias=None, int factor=5, bool flag=False) -> Tensor"
-LETTERS = "TTOii"
-LIBRARY = torch.library.Library("int4q", "FRAGMENT")
-
-
-def register(name, run, schema, letters, outputs=1):
-    for one in (name, f"plan_{name}"):
-        LIBRARY.define(one + schema)
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    plan = library.planning(_core, run, letters, outputs)
-    LIBRARY.impl(f"plan_{name}", plan, "CompositeExplicitAutograd")
-    library.launcher(_core, name, f"int4q::plan_{name}", letters, "CPU")
-    return getattr(torch.ops.int4q, name).default
 
 
 def products(x, w, bias):
@@ -85,8 +40,6 @@ class Counted:
 
 
 if _core is not None:
-    TWO = TwoLaunches()
-    OP = register("test_two_launches", TWO, SCHEMA, LETTERS)
     PRODUCTS = Counted(products)
     PRODUCTS_OP = register(
         "test_products", PRODUCTS, "(Tensor x, Tensor w, Tensor b) -> (Tensor, Tensor)", "TTT", 2
@@ -101,11 +54,6 @@ def fresh(fake):
     PRODUCTS.runs = SUMS.runs = 0
 
 
-def parts(M=2, seed=0):
-    torch.manual_seed(seed)
-    return torch.randn(M, 16, dtype=BF16), torch.randint(-128, 128, (4, 8), dtype=torch.int8)
-
-
 KINDS = {
     "plain": lambda x, w: (x, w),
     "bias": lambda x, w: (x, w, torch.zeros(4)),
@@ -118,21 +66,6 @@ KINDS = {
     "float16": lambda x, w: (x.half(), w),
     "more rows": lambda x, w: (torch.cat([x, x]), w),
 }
-
-
-def named(seen, **tensors):
-    """Launches with addresses by their names: two runs of one kind are equal."""
-    names = {t.data_ptr().to_bytes(8, "little"): name for name, t in tensors.items()}
-    scratch: dict[bytes, str] = {}
-
-    def name(parameter):
-        if len(parameter) == 128:
-            return name(parameter[:8]), parameter[8:]
-        if len(parameter) == 8 and any(parameter):
-            return names.get(parameter) or scratch.setdefault(parameter, f"scratch{len(scratch)}")
-        return parameter
-
-    return [s._replace(parameters=tuple(map(name, s.parameters))) for s in seen]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ void *aligned_new(int64_t bytes) {
 void aligned_free(void *memory) { free(memory); }
 
 /* The best instruction set that may be used; NULL where none may. */
-static const kernels_of *choose_kernels(const int4q_args *a) {
+static const kernels_of *choose_kernels(int64_t features) {
 #ifdef INT4Q_X86
     static const kernels_of *const best_first[] = {&avx512_kernels, &avx_vnni_kernels,
                                                    &avx2_kernels};
@@ -26,7 +26,7 @@ static const kernels_of *choose_kernels(const int4q_args *a) {
     static const kernels_of *const best_first[] = {&dotprod_kernels, &neon_kernels};
 #endif
     for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
-        if (has_feature(a, best_first[i]->feature)) return best_first[i];
+        if (features & int4q_cpu_features() & best_first[i]->feature) return best_first[i];
     return NULL;
 }
 
@@ -51,8 +51,33 @@ static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
     return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
 }
 
+/* What the threads of a decode share. */
+typedef struct {
+    const int4q_args *a;
+    const kernels_of *kernels;
+    const all_x *x;
+    int64_t spans, blocks, params_size;
+    block_params params; /* of part 0; the next one's are `params_size` floats further on */
+} decode_job;
+
+static void decode_part(const decode_job *job, int64_t part, int64_t parts) {
+    const range spans = share(job->spans * job->a->M, part, parts);
+    for (int64_t i = spans.begin; i < spans.end; i++) {
+        const int64_t m = i / job->spans;
+        const turned_x chunk = chunk_of(job->x, m / MAX_CHUNK_M);
+        job->kernels->turn_span(job->a, &chunk, m % MAX_CHUNK_M, i % job->spans);
+    }
+    if (parts > 1) {
+        BARRIER;
+    }
+    block_params params = job->params;
+    params.scale += part * job->params_size;
+    params.zero += part * job->params_size;
+    job->kernels->decode_blocks(job->a, job->x, share(job->blocks, part, parts), &params);
+}
+
 EXPORT int int4q_decode(const int4q_args *a) {
-    const kernels_of *kernels = choose_kernels(a);
+    const kernels_of *kernels = choose_kernels(a->features);
     const int form = kernels ? form_of_x(a, kernels) : 0;
     if (!form) return INT4Q_UNSUPPORTED;
     int out_of_range = 0;
@@ -69,31 +94,26 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t sums_size = ceil_div(t->M * t->groups, 16) * 64;
     const int64_t scale_size = a->group < UNIT_K ? t->units * ROWS * 4 : t->groups * ROWS;
     const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
-    const int64_t batch = blocks_of_batch(block_size), params_size = batch * block_size;
+    const int64_t batch = min64(blocks_of_batch(block_size), ceil_div(blocks, threads));
+    const int64_t params_size = batch * block_size;
     uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
     if (!memory) return INT4Q_NO_MEMORY;
     t->units_x = memory;
     t->group_sum = (float *)(memory + units_size);
-    float *all_params = (float *)(memory + units_size + sums_size);
-    PARALLEL(threads) {
-        const int64_t part = THREAD_INDEX, parts = THREAD_COUNT;
-        const range spans_here = share(spans * t->M, part, parts);
-        for (int64_t i = spans_here.begin; i < spans_here.end; i++) {
-            const int64_t m = i / spans;
-            const turned_x chunk = chunk_of(&x, m / MAX_CHUNK_M);
-            kernels->turn_span(a, &chunk, m % MAX_CHUNK_M, i % spans);
-        }
-        BARRIER;
-        float *mine = all_params + part * params_size;
-        const block_params params = {scale_size, zero_size, batch, mine, mine + batch * scale_size};
-        kernels->decode_blocks(a, &x, share(blocks, part, parts), &params);
+    float *params = (float *)(memory + units_size + sums_size);
+    const decode_job job = {a, kernels, &x, spans, blocks, params_size,
+                            {scale_size, zero_size, batch, params, params + batch * scale_size}};
+    if (threads == 1) {
+        decode_part(&job, 0, 1); /* a team of one costs as much as a small product */
+    } else {
+        PARALLEL(threads) decode_part(&job, THREAD_INDEX, THREAD_COUNT);
     }
     aligned_free(memory);
     return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
 }
 
 EXPORT int int4q_dequant(const int4q_args *a) {
-    const kernels_of *kernels = choose_kernels(a);
+    const kernels_of *kernels = choose_kernels(a->features);
     if (!kernels) return INT4Q_UNSUPPORTED;
     const int64_t blocks = ceil_div(a->N, ROWS);
     const int64_t threads = useful_threads(a, blocks, a->N * a->K / 2);
@@ -105,9 +125,23 @@ EXPORT int int4q_dequant(const int4q_args *a) {
     return INT4Q_OK;
 }
 
+EXPORT int int4q_search(const int4q_search_args *a) {
+    const kernels_of *kernels = choose_kernels(a->features);
+    if (!kernels) return INT4Q_UNSUPPORTED;
+    const int64_t blocks = ceil_div(a->rows, ROWS);
+    const int64_t threads = min64(a->threads, blocks);
+    PARALLEL(threads) {
+        const range mine = share(blocks, THREAD_INDEX, THREAD_COUNT);
+        for (int64_t block = mine.begin; block < mine.end; block++)
+            kernels->search_rows(a, block * ROWS);
+    }
+    return INT4Q_OK;
+}
+
 #else
 
 EXPORT int int4q_decode(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 EXPORT int int4q_dequant(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+EXPORT int int4q_search(const int4q_search_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 
 #endif
