@@ -1,4 +1,4 @@
-"""The search of scale and zero point by the compiled kernels: :func:`int4q.qparams.search` on a CPU."""
+"""The search of scale and zero point by the compiled kernels, for :mod:`int4q.qparams`."""
 
 from __future__ import annotations
 
