@@ -134,7 +134,8 @@ Plan::Plan(Words &all)
         else
             steps.emplace_back(std::in_place_type<Launch>, all);
     }
-    if (scratch.shape.size() != 1 || all.at != all.end) throw std::runtime_error("int4q: a plan is too long");
+    if (scratch.shape.size() != 1 || all.at != all.end)
+        throw std::runtime_error("int4q: a plan is too long");
 }
 
 std::vector<Handle> Plan::run(Memory &memory) const {

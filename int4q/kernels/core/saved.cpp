@@ -8,6 +8,7 @@
  *
  * Everything is 64-bit words, of a list its length first, of a text its bytes, filled up with zeros.
  */
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -29,8 +30,10 @@ constexpr size_t MAX_BYTES = size_t(1) << 30;
 std::string_view text(Words &words) {
     const size_t bytes = words.count(MAX_BYTES);
     const auto *start = reinterpret_cast<const char *>(words.at);
-    if (size_t(words.end - words.at) < (bytes + 7) / 8) throw Refused("int4q: a text ends early");
-    words.at += (bytes + 7) / 8;
+    const size_t filled = (bytes + 7) / 8;
+    if (size_t(words.end - words.at) < filled)
+        throw std::runtime_error("int4q: a text ends early");
+    words.at += filled;
     return {start, bytes};
 }
 
@@ -58,7 +61,8 @@ class Modules : public Handles {
         for (size_t n = words.count(MAX_LIST); n--;) images.push_back(text(words));
         for (size_t n = words.count(MAX_LIST); n--;) {
             const int64_t handle = words.next();
-            const size_t module = words.count(images.size() - 1);
+            const size_t module = words.count(MAX_LIST);
+            images.at(module); /* throws where it is not one of them */
             kernels[handle] = {module, std::string(text(words))};
         }
     }
