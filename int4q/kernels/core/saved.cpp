@@ -6,7 +6,7 @@
  *     kernels: the CUfunction in the process that wrote it, its module, its name
  *     plans:   words of the key, words of the plan
  *
- * Everything is 64-bit words, of a list its length first, of a text its bytes, filled up with zeros.
+ * Everything is 64-bit words; a list begins with its length, a text with its bytes and ends in zeros.
  */
 #include <algorithm>
 #include <fstream>
@@ -152,8 +152,8 @@ void load(const char *path) {
 
 }  // namespace int4q
 
-/* Take up the plans of a file, before the package whose calls they are is loaded; where no Python has
- * defined the ops, they are defined. Null, or what went wrong, until this thread's next call. */
+/* Take up the plans of a file, before the package whose calls they are is loaded; ops that no Python
+ * has defined are defined. Null, or what went wrong, until this thread's next call. */
 EXPORT const char *int4q_core_load(const char *path) try {
     static std::mutex one;
     const std::scoped_lock lock(one);
@@ -165,8 +165,8 @@ EXPORT const char *int4q_core_load(const char *path) try {
     return text.c_str();
 }
 
-/* All plans as the file has them, behind the CUfunctions in them and the numbers of the ops that have
- * kinds without a plan. The number of words, of which at most `room` are written. */
+/* All plans as the file has them, behind the CUfunctions in them and the numbers of the ops that
+ * have kinds without a plan. The number of words, which are written if there is `room`. */
 EXPORT int64_t int4q_core_export(int64_t *out, int64_t room) {
     std::set<int64_t> functions, without;
     std::vector<int64_t> plans;
