@@ -4,7 +4,7 @@
     python docs/compatibility.py old.xml new.xml
 
 A scenario works where every one of its tests passed. The versions are the properties that
-test/integrations/conftest.py writes. A scenario without a test in any of the files is an error.
+test/conftest.py writes. A scenario without a test in any of the files is an error.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def _named(area: str, run: Run) -> list[str]:
     names = {
         "transformers": ["transformers"],
         "many GPUs": ["transformers"],
+        "other formats": ["transformers"],
         "peft": ["transformers", "peft"],
     }.get(area, [area])
     return [n for n in dict.fromkeys(("torch", "torchao", *names)) if n in run.versions]

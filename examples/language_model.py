@@ -51,9 +51,10 @@ def model_file() -> Path:
 
 def check_values(held: GGUFModel, model: nn.Module) -> None:
     """Every 4-bit weight against what the package ``gguf`` makes of the same bytes."""
-    equal, weights = 0, [item for item in held.items if gguf.is_4bit(item.tensor)]
+    equal, weights = 0, [item for item in held.items if isinstance(item.like, Int4Tensor)]
     for item in weights:
-        theirs = held.reordered(gguf.dequantized(item.tensor), item.tensor.name)
+        (tensor,) = item.tensors
+        theirs = held.architecture.reordered(gguf.dequantized(tensor), tensor.name)
         ours = model.get_parameter(item.name).dequantize(torch.float32)
         equal += torch.equal(ours, torch.from_numpy(theirs))
     print(f"{equal} of {len(weights)} weights bit-equal to gguf's own dequantisation")

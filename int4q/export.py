@@ -1,6 +1,7 @@
-"""A 4-bit checkpoint in the format of other engines: :func:`compressed_tensors`, which vLLM serves.
+"""A 4-bit checkpoint in the format of other engines.
 
-(GGUF blocks of one weight: :func:`int4q.checkpoint.gguf.to_q4_0` and ``to_q4_1``.)
+:func:`compressed_tensors` makes a folder that vLLM serves, :func:`gguf` a file for llama.cpp. (GGUF
+blocks of one weight: :func:`int4q.checkpoint.gguf.to_q4_0` and ``to_q4_1``.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from int4q import errors
 from int4q._version import __version__
 from int4q.checkpoint import compressed_tensors as ct
-from int4q.checkpoint import inspecting, schema
+from int4q.checkpoint import gguf_writing, inspecting, schema
 from int4q.checkpoint.plan import Job, Plan
 from int4q.checkpoint.quantizing import dump
 from int4q.checkpoint.source import Source
@@ -62,8 +63,45 @@ def compressed_tensors(path: Path | str, target: Path | str) -> None:
     run(plan(source), Path(target))
 
 
+def gguf(
+    path: Path | str,
+    target: Path | str,
+    *,
+    metadata: Path | str | None = None,
+    rounded: bool = False,
+) -> dict[str, str]:
+    """Write a 4-bit checkpoint as one GGUF file: ``Q4_0`` and ``Q4_1`` weights, the rest as it is.
+
+    Groups of 64 and more become several blocks of 32 with one scale. Exact are float16 scales (and
+    bfloat16 ones, unless they are tiny) with zero points of 0, or whose minimum
+    ``zero_point - 8 * scale`` is a float16 too: what ``int4q quantize --algorithm symmetric``
+    makes, and what was converted from ``Q4_0`` and ``Q4_1``.
+
+    Args:
+        path: folder of the checkpoint, as ``int4q quantize`` or ``save_pretrained`` makes it.
+        target: file to make.
+        metadata: a GGUF file of the same model, whose hyperparameters and tokenizer are taken; by
+            default the folder's ``metadata.gguf``, which ``int4q convert model.gguf`` leaves there.
+        rounded: take the nearest that the format can hold where it cannot hold a value.
+
+    Returns:
+        Name of each tensor -> its type and, in words, how exact it is.
+
+    Raises:
+        ValueError: a weight that the format cannot hold, an architecture that ``int4q.load`` does
+            not read from GGUF, no metadata or those of another model, or no 4-bit checkpoint.
+        FileExistsError: ``target`` exists.
+    """
+    notes: dict[str, str] = {}
+    said = None if metadata is None else Path(metadata)
+    gguf_writing.write(
+        Source(path), Path(target), notes.__setitem__, metadata=said, rounded=rounded
+    )
+    return notes
+
+
 def plan(source: Source) -> Plan:
-    """How to do that."""
+    """How to make compressed-tensors' folder."""
     weights = inspecting.weights(source)
     layers = [layer for entry in weights.values() for layer in _layers(entry)]
     small = {name: _small_parts(source, entry) for name, entry in weights.items()}

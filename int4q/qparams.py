@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from int4q import errors
+from int4q.kernels.cpu import search as cpu_search
 from int4q.packing import pack_nibbles
 
 Q_MIN, Q_MAX = -8, 7
@@ -24,6 +25,8 @@ SMALLEST_RANGE = 1e-6
 # Working-set bound of one step of `quantize`, in weight elements (four float32 copies: 32 MiB; six
 # in a search).
 _CHUNK_ELEMENTS = 1 << 21
+# The same of a search on a GPU, whose many small steps would cost more than their work.
+_GPU_SEARCH_ELEMENTS = 1 << 24
 _LEAST_IMPORTANCE = 1e-4
 
 
@@ -115,6 +118,14 @@ def search(
         as it is stored, see :func:`nearest`.
     """
     h = groups.new_ones(groups.shape[-1]) if importance is None else importance
+    run = cpu_search.search if ratios and cpu_search.takes(groups, h) else search_in_torch
+    return run(groups, h, ratios, refits)
+
+
+def search_in_torch(
+    groups: Tensor, h: Tensor, ratios: Sequence[float], refits: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`search` on any device: the definition of what the compiled one does."""
     low, high = (end * 0.5 for end in groups.aminmax(dim=-1, keepdim=True))  # (see minmax)
     middle, radius = low + high, high - low
     total = h.sum(dim=-1, keepdim=True)
@@ -226,7 +237,9 @@ def quantize(
     h = None
     if importance is not None:
         h = with_floor(importance).to(w.device).view(n_groups, group_size)
-    step = max(1, n_rows if w.is_meta else _CHUNK_ELEMENTS // max(K, 1))
+    many = w.is_cuda and algorithm in SEARCHES
+    elements = _GPU_SEARCH_ELEMENTS if many else _CHUNK_ELEMENTS
+    step = max(1, n_rows if w.is_meta else elements // max(K, 1))
     for start in range(0, n_rows, step):
         chunk = slice(start, min(start + step, n_rows))
         groups = rows[chunk].reshape(-1, n_groups, group_size).float().contiguous()

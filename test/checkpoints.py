@@ -26,6 +26,13 @@ def qwen_moe(folder: Path) -> Path:
     return saved(transformers.Qwen3MoeForCausalLM(config), folder)
 
 
+def gpt2():
+    import transformers
+
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
 def saved(model, folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
     (folder / "tokenizer_config.json").write_text("{}")

@@ -1,10 +1,14 @@
-"""Fixtures: the devices to run on, and uninitialised memory that shows."""
+"""Fixtures: the devices to run on, uninitialised memory that shows, what the results are of."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 from helpers import LAYOUTS
+
+PACKAGES = ("torch", "torchao", "transformers", "peft", "accelerate", "safetensors")
+"""Whose versions the results name, for the matrix of compatibility."""
 
 
 def pytest_collection_modifyitems(items):
@@ -13,6 +17,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def versions(record_testsuite_property):
+    for name in PACKAGES:
+        try:
+            record_testsuite_property(name, version(name).partition("+")[0])
+        except PackageNotFoundError:
+            continue
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

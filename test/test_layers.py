@@ -7,7 +7,7 @@ import int4q
 
 ROOT = Path(int4q.__file__).parent
 # Each entry may import from those above it, and from itself.
-ORDER = ["_version", "errors", "geometry", "packing", "qparams", "gptq", "kernels", "ops",
+ORDER = ["_version", "errors", "geometry", "packing", "kernels", "qparams", "gptq", "ops",
          "tensor", "q4gsw", "coverage", "calibration", "run", "config", "quantize", "moe",
          "prepare", "layouts", "report", "checkpoint", "export", "evaluation", "integrations",
          "bench", "tuning", "cli", "__main__"]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q._version import __version__
-from int4q.checkpoint import awq, bitsandbytes, compressed_tensors, gptq, schema
+from int4q.checkpoint import awq, bitsandbytes, compressed_tensors, gguf_writing, gptq, schema
 from int4q.checkpoint.foreign import Foreign
 from int4q.checkpoint.gguf_model import GGUFModel
 from int4q.checkpoint.plan import Job, Plan
@@ -53,17 +53,26 @@ def plan_gguf(path: Path, note: Note, dtype: torch.dtype = torch.bfloat16) -> Pl
     stat = path.stat()
     plan = Plan(identity=[__version__, path.name, stat.st_size, stat.st_mtime_ns, str(dtype)])
 
-    def make(item: Any, made: tuple[Tensor, str]) -> Mapping[str, Tensor]:
-        note(item.name, made[1])
-        return schema.flatten(item.name, made[0])[0]
+    def make(name: str, made: tuple[Tensor, str], index: int | None) -> Mapping[str, Tensor]:
+        note(name if index is None else f"{name}[{index}]", made[1])
+        return schema.flatten(name, made[0])[0]
 
     for item in model.items:
-        read = partial(model.make, item)
-        job = Job(item.name, item.tensor.data.nbytes, read, partial(make, item))
-        plan.add(item.name, item.like, [job])
+        jobs = [
+            Job(
+                f"{item.name}[{i}]",
+                item.nbytes // len(item.indices),
+                partial(model.make, item, i),
+                partial(make, item.name, index=i),
+                i,
+            )
+            for i in item.indices
+        ]
+        plan.add(item.name, item.like, jobs)
     told = quantization_config(_config(item.like for item in model.items))
     plan.files = {
         "config.json": dump({**model.config.to_dict(), "quantization_config": told}),
+        gguf_writing.METADATA: gguf_writing.metadata(path),
         **_saved(model.tokenizer()),
     }
     return plan

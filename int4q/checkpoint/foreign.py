@@ -41,29 +41,30 @@ def assemble(u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Int4Tensor:
     """A weight of unsigned values and its scales.
 
     Args:
-        u: integer ``[N, K]`` in 0..15; the value is ``(u - 8) * scale + zero_point``.
-        scale: floating point ``[N, n_groups]``.
+        u: integer ``[.., N, K]`` in 0..15; the value is ``(u - 8) * scale + zero_point``.
+        scale: floating point ``[.., N, n_groups]``.
         zero_point: as ``scale``; ``None`` for 0.
     """
-    N, K = u.shape
     zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
     qdata = pack_nibbles(u.to(torch.int8) - 8)
     parts = (scale.mT.contiguous(), zero_point.mT.contiguous())
-    return Int4Tensor(qdata, *parts, [1, K // scale.shape[1]], (N, K))
+    block_size = [1] * (u.ndim - 1) + [u.shape[-1] // scale.shape[-1]]
+    return Int4Tensor(qdata, *parts, block_size, u.shape)
 
 
 def like(shape: tuple[int, ...], group_size: int, dtype: torch.dtype) -> Int4Tensor:
-    """What :func:`assemble` gives for ``shape`` (N, K), without data.
+    """What :func:`assemble` gives for ``shape`` (.., N, K), without data.
 
     Raises:
         ValueError: a group size that :class:`~int4q.Int4Tensor` does not have.
     """
     geometry.check_group_size(group_size)
-    N, K = shape
+    *rows, K = shape
     if K % group_size:
         raise errors.value(f"K must be a multiple of group_size {group_size}", K)
-    u = torch.empty((N, K), dtype=torch.int8, device="meta")
-    return assemble(u, torch.empty((N, K // group_size), dtype=dtype, device="meta"), None)
+    u = torch.empty(shape, dtype=torch.int8, device="meta")
+    scale = torch.empty((*rows, K // group_size), dtype=dtype, device="meta")
+    return assemble(u, scale, None)
 
 
 def from_zeros(u: Tensor, scale: Tensor, zero: Tensor) -> Int4Tensor:

@@ -47,13 +47,13 @@ def _f16(blocks: Tensor, at: int) -> Tensor:
 
 def from_q4_0(blocks: Tensor) -> Int4Tensor:
     """uint8 ``[N, n_blocks, 18]`` -> a weight ``[N, 32 * n_blocks]`` with float32 scales; exact."""
-    return foreign.assemble(_halves(blocks[..., 2:]).flatten(1), _f16(blocks, 0), None)
+    return foreign.assemble(_halves(blocks[..., 2:]).flatten(-2), _f16(blocks, 0), None)
 
 
 def from_q4_1(blocks: Tensor) -> Int4Tensor:
     """uint8 ``[N, n_blocks, 20]`` -> a weight; its zero points ``m + 8 d`` rounded to float32."""
     d, m = _f16(blocks, 0), _f16(blocks, 2)
-    return foreign.assemble(_halves(blocks[..., 4:]).flatten(1), d, m + 8 * d)
+    return foreign.assemble(_halves(blocks[..., 4:]).flatten(-2), d, m + 8 * d)
 
 
 def from_q4_k(blocks: Tensor) -> Int4Tensor:
@@ -62,7 +62,7 @@ def from_q4_k(blocks: Tensor) -> Int4Tensor:
     u = _k_values(blocks)
     # In float64, so that the only rounding is the last one.
     zero = (8 * scale.double() - minimum.double()).float()
-    return foreign.assemble(u.flatten(1), scale.flatten(1), zero.flatten(1))
+    return foreign.assemble(u.flatten(-2), scale.flatten(-2), zero.flatten(-2))
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,57 +80,86 @@ def _k_values(blocks: Tensor) -> Tensor:
     return torch.stack([packed & 0xF, packed >> 4], dim=-2).flatten(-3)
 
 
-def to_q4_0(t: Int4Tensor) -> Tensor:
-    """uint8 ``[N, n_blocks, 18]``: the inverse of :func:`from_q4_0`.
+def to_q4_0(t: Int4Tensor, *, rounded: bool = False) -> Tensor:
+    """uint8 ``[.., N, n_blocks, 18]``: the inverse of :func:`from_q4_0`.
+
+    Args:
+        t: a weight ``[.., N, K]``; each of its groups becomes ``group_size / 32`` blocks.
+        rounded: as in :func:`halves`, whose errors are raised.
 
     Raises:
-        ValueError: the weight is not of groups of 32, or a scale is no float16, or a zero point
-            is not 0: what the format cannot hold.
+        ValueError: groups that do not run along K, or an ``act_pre_scale``.
     """
-    d, zero_point = _checked(t)
-    if bool(zero_point.any()):
-        raise errors.value("a Q4_0 tensor has no zero points", "some", "Q4_1 may hold it")
-    return torch.cat([_bytes(d, "scale"), _paired(t)], dim=-1)
+    return _blocks(t, "Q4_0", rounded)
 
 
-def to_q4_1(t: Int4Tensor) -> Tensor:
-    """uint8 ``[N, n_blocks, 20]``: the inverse of :func:`from_q4_1`.
-
-    Raises:
-        ValueError: groups other than 32, or a scale or minimum that is no float16.
-    """
-    d, zero_point = _checked(t)
-    m = zero_point.double() - 8 * d.double()
-    return torch.cat([_bytes(d, "scale"), _bytes(m, "minimum"), _paired(t)], dim=-1)
+def to_q4_1(t: Int4Tensor, *, rounded: bool = False) -> Tensor:
+    """uint8 ``[.., N, n_blocks, 20]``: the inverse of :func:`from_q4_1`; as :func:`to_q4_0`."""
+    return _blocks(t, "Q4_1", rounded)
 
 
-def _checked(t: Int4Tensor) -> tuple[Tensor, Tensor]:
-    if t.ndim != 2 or list(t.block_size) != [1, GROUP_SIZE] or t.act_pre_scale is not None:
+def _blocks(t: Int4Tensor, kind: str, rounded: bool) -> Tensor:
+    if t.grouped_dim != t.ndim - 1 or t.act_pre_scale is not None:
         raise errors.value(
-            "GGUF's 4-bit tensors are [N, K] in groups of 32",
+            "GGUF's 4-bit tensors are [N, K] in groups along K, without act_pre_scale",
             f"{errors.dims(t.shape)} with block_size {t.block_size}",
         )
-    return t.scale.mT, t.zero_point.mT
+    blocks = t.group_size // GROUP_SIZE
+    parts = [
+        half.mT.repeat_interleave(blocks, dim=-1).contiguous().unsqueeze(-1).view(torch.uint8)
+        for half in halves(t.scale, t.zero_point, kind, rounded=rounded)
+    ]
+    return torch.cat([*parts, _paired(t)], dim=-1)
+
+
+def halves(
+    scale: Tensor, zero_point: Tensor, kind: str, *, rounded: bool = False
+) -> tuple[Tensor, ...]:
+    """float16 ``d``, and ``m`` of ``Q4_1``, of a weight's scales and zero points.
+
+    Args:
+        kind: ``Q4_0`` or ``Q4_1``.
+        rounded: take the nearest float16 of what is none.
+
+    Raises:
+        ValueError: read again these would be other scales or zero points (and ``rounded`` is not
+            said), or one is too large for a float16.
+    """
+    d = _half(scale)
+    if not rounded and not torch.equal(d.float(), scale.float()):
+        raise errors.value("every scale in GGUF must be a float16", "others", _NEAR)
+    if kind == "Q4_0":
+        if bool(zero_point.any()):
+            raise errors.value("a Q4_0 tensor has no zero points", "some", "Q4_1 may hold it")
+        return (d,)
+    # From the scale as it will be read, so that half of what that is off is made good for.
+    m = _half(zero_point.double() - 8 * d.double())
+    if not rounded and not torch.equal(m.float() + 8 * d.float(), zero_point.float()):
+        raise errors.value("every minimum in GGUF must be a float16", "others", _NEAR)
+    return d, m
+
+
+def _half(value: Tensor) -> Tensor:
+    half = value.to(torch.float16)
+    if not bool(half.isfinite().all()):
+        raise errors.value("scales and minima in GGUF must be float16", "larger ones")
+    return half
+
+
+_NEAR = "int4q convert --round takes the nearest that GGUF can hold"
 
 
 def _paired(t: Int4Tensor) -> Tensor:
-    """The values as ``[N, n_blocks, 16]``: value i low, value i + 16 high."""
+    """The values as ``[.., N, n_blocks, 16]``: value i low, value i + 16 high."""
     low, high = (unpack_nibbles(t.qdata) + 8).unflatten(-1, (-1, 2, 16)).unbind(-2)
     return (low | (high << 4)).view(torch.uint8)
-
-
-def _bytes(value: Tensor, what: str) -> Tensor:
-    half = value.to(torch.float16)
-    if not torch.equal(half.double(), value.double()):
-        raise errors.value(f"every {what} in GGUF must be a float16", "others")
-    return half.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 def exactness(t: Int4Tensor, blocks: Tensor, kind: str) -> str:
     """In words: whether every zero point is what the blocks say, or how many were rounded."""
     scale, zero = t.scale.mT.double(), t.zero_point.mT.double()
     if kind == "Q4_K":
-        minimum = _k_scales(blocks)[1].flatten(1).double()
+        minimum = _k_scales(blocks)[1].flatten(-2).double()
     else:
         minimum = -_f16(blocks, 2).double() if kind == "Q4_1" else 8 * scale
     rounded = int((zero != 8 * scale - minimum).sum())
@@ -143,12 +172,14 @@ FROM: dict[str, Callable[[Tensor], Int4Tensor]] = {
     "Q4_K": from_q4_k,
 }
 """GGUF's name of a type -> the function that reads it."""
+TO: dict[str, Callable[..., Tensor]] = {"Q4_0": to_q4_0, "Q4_1": to_q4_1}
+"""GGUF's name of a type -> the function that writes it."""
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_K": (256, 144)}
 """Values and bytes of a block."""
 
 
 def blocks(tensor: GGUFTensor) -> Tensor:
-    """The blocks of a tensor ``[N, n_blocks, bytes]`` (``[E * N, ..]`` of a stack); a copy."""
+    """The blocks of a matrix, uint8 ``[N, n_blocks, bytes]``; a copy."""
     _, nbytes = BLOCKS[tensor.kind]
     return torch.from_numpy(tensor.data.copy()).unflatten(-1, (-1, nbytes))
 
@@ -164,5 +195,5 @@ def dequantized(tensor: GGUFTensor) -> np.ndarray[Any, Any]:
 
 
 def is_4bit(tensor: GGUFTensor) -> bool:
-    """Whether a tensor becomes a 4-bit weight: a matrix of one of the three types."""
-    return tensor.kind in FROM and len(tensor.shape) == 2
+    """Whether a tensor becomes a 4-bit weight: a matrix, or a stack, of one of the three types."""
+    return tensor.kind in FROM and len(tensor.shape) in (2, 3)

@@ -39,6 +39,12 @@ class GGUFTensor:
     shape: tuple[int, ...]
     data: np.ndarray[Any, Any]
 
+    def matrix(self, index: int) -> GGUFTensor:
+        """One of a stack ``[E, N, K]``."""
+        _, N, _ = self.shape
+        rows = slice(index * N, (index + 1) * N)
+        return GGUFTensor(self.name, self.kind, self.shape[1:], self.data[rows])
+
 
 class GGUFFile:
     """What a file holds, mapped into memory and not read.

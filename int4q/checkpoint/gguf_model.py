@@ -1,13 +1,8 @@
-"""A GGUF file as a transformers model: its config, its tokenizer, which tensor is which parameter.
-
-All three are transformers' own readings of GGUF. What transformers does to the *values* of a tensor
-(rows of llama's ``q`` and ``k`` reordered, 1 taken from gemma's norms) is applied here to the rows
-of 4-bit weights, so that none is dequantised on the way.
-"""
+"""A GGUF file as a transformers model with int4q's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from int4q import errors
-from int4q.checkpoint import foreign, gguf
+from int4q.checkpoint import foreign, gguf, gguf_rope
 from int4q.checkpoint.foreign import EXACT
+from int4q.checkpoint.gguf_architecture import Architecture
 from int4q.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from int4q.tensor import Int4Tensor
-
-_ROWS_ONLY = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor",
-              "NemotronTensorProcessor")  # fmt: skip
-"""transformers' classes that change matrices in the order of their rows at most."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor of the file.
+    """A parameter.
 
     Attributes:
-        name: of the parameter.
-        tensor: in the file, mapped.
+        name: that it has in the model.
+        tensors: of the file, mapped, whose rows follow one another in it.
         like: what it becomes, without data.
     """
 
     name: str
-    tensor: GGUFTensor
+    tensors: tuple[GGUFTensor, ...]
     like: Tensor
+
+    @property
+    def indices(self) -> list[int | None]:
+        """Of the matrices that it is made of, one by one; ``[None]`` if it is no stack."""
+        return [None] if self.like.ndim < 3 else list(range(self.like.shape[0]))
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return sum(t.data.nbytes for t in self.tensors)
 
 
 class GGUFModel:
@@ -48,91 +50,72 @@ class GGUFModel:
     Attributes:
         path: of the file.
         config: of the model, transformers' class.
-        items: its tensors, in the order of the file.
+        items: its parameters, in the order of the file.
 
     Raises:
-        ValueError: a damaged file, or an architecture that transformers does not read, or whose
-            weights it rearranges in a way that 4-bit ones cannot follow.
+        ValueError: a damaged file, one whose tensors are not those of its architecture, or what
+            :class:`~int4q.checkpoint.gguf_architecture.Architecture` refuses.
     """
 
     def __init__(self, path: Path | str, dtype: torch.dtype = torch.bfloat16):
         from transformers import AutoModelForCausalLM
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.path, self.dtype = Path(path), dtype
         file = GGUFFile(self.path)
-        self._parsed = _parse(self.path)
-        self.config = _config(self._parsed["config"], dtype)
+        self.architecture = Architecture(file, dtype)
+        self.config = self.architecture.config
         with torch.device("meta"):
             self.skeleton: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.config.architectures = [type(self.skeleton).__name__]
-        self.architecture = file.fields["general.architecture"]
-        processor: Any = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
-        if processor.__name__ not in _ROWS_ONLY:
-            raise errors.value(
-                "an architecture must keep its matrices as they are, rows apart",
-                self.architecture,
-                "Load it with transformers (which dequantises it) and call int4q.quantize_",
-            )
-        self._processor = processor(config=self._parsed["config"])
         self.items = list(self._items(file.tensors))
 
     def _items(self, tensors: list[GGUFTensor]) -> Iterator[Item]:
+        held = {t.name: t for t in tensors if not t.name.startswith(gguf_rope.PREFIX)}
         parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
-        names = self._names(parameters)
-        missing = {id(p): name for name, p in reversed(parameters.items())}
-        for tensor in tensors:
-            if tensor.name.startswith("rope_"):
-                continue  # computed from the config
-            name = names.get(tensor.name)
-            if name is None:
-                raise errors.value(f"every tensor of {self.path.name} must be known", tensor.name)
-            if tensor.shape != (expected := tuple(parameters[name].shape)):
-                rule = f"{tensor.name} must have the shape of {name}, {errors.dims(expected)}"
-                raise errors.value(rule, errors.dims(tensor.shape))
-            missing.pop(id(parameters[name]), None)
-            if gguf.is_4bit(tensor):
-                like: Tensor = foreign.like(tensor.shape, gguf.GROUP_SIZE, torch.float32)
-            else:
-                like = torch.empty(tensor.shape, dtype=self.dtype, device="meta")
-            yield Item(name, tensor, like)
-        for name in missing.values():
-            raise errors.value(f"{self.path.name} must hold {name}", "no such tensor")
-
-    def _names(self, parameters: Iterable[str]) -> dict[str, str]:
-        """The file's name of a tensor -> the parameter's."""
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-        number = next(n for n, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
-        known = get_tensor_name_map(number, self.config.num_hidden_layers)
-        found = {}
+        made: dict[str, tuple[GGUFTensor, ...]] = {}
         for name in parameters:
-            stem, dot, kind = name.rpartition(".")
-            if (theirs := known.get_name(stem)) is not None:
-                found[f"{theirs}{dot}{kind}"] = name
-        return found
+            names = self.architecture.names(name)
+            if names and all(n in held for n in names):
+                made[name] = tuple(held.pop(n) for n in names)
+        for unknown in held:
+            raise errors.value(f"every tensor of {self.path.name} must be known", unknown)
+        found = {id(parameters[name]) for name in made}
+        for name, p in parameters.items():
+            if id(p) not in found:
+                raise errors.value(f"{self.path.name} must hold {name}", "no such tensor")
+        number = {t.name: i for i, t in enumerate(tensors)}
+        for name in sorted(made, key=lambda name: number[made[name][0].name]):
+            shape = _shape(made[name], name, tuple(parameters[name].shape))
+            if all(map(gguf.is_4bit, made[name])):
+                like: Tensor = foreign.like(shape, gguf.GROUP_SIZE, torch.float32)
+            else:
+                like = torch.empty(shape, dtype=self.dtype, device="meta")
+            yield Item(name, made[name], like)
 
-    def make(self, item: Item) -> tuple[Tensor, str]:
-        """A parameter, and how exact it is, in words; the file's bytes are copied once."""
-        kind = item.tensor.kind
-        if not gguf.is_4bit(item.tensor):
-            values = self.reordered(gguf.dequantized(item.tensor), item.tensor.name)
+    def make(self, item: Item, index: int | None = None) -> tuple[Tensor, str]:
+        """A parameter, or a matrix of a stack, and how exact it is, in words.
+
+        The file's bytes are copied once.
+        """
+        tensors = item.tensors if index is None else [t.matrix(index) for t in item.tensors]
+        made = [self._make(t, isinstance(item.like, Int4Tensor)) for t in tensors]
+        how = "; ".join(dict.fromkeys(how for _, how in made))
+        return (made[0][0] if len(made) == 1 else torch.cat([t for t, _ in made])), how
+
+    def _make(self, tensor: GGUFTensor, packed: bool) -> tuple[Tensor, str]:
+        kind = tensor.kind
+        if not packed:
+            values = self.architecture.reordered(gguf.dequantized(tensor), tensor.name)
             exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
             made = exact.to(self.dtype)
             how = EXACT if torch.equal(made.float(), exact) else f"rounded to {_short(self.dtype)}"
             return made, f"{kind}, {how}"
-        blocks = gguf.blocks(item.tensor)
-        rows = np.arange(len(blocks)).reshape(-1, 1)
-        order = self.reordered(rows, item.tensor.name).reshape(-1)
-        if not np.array_equal(order, rows.reshape(-1)):
-            blocks = blocks[torch.from_numpy(np.ascontiguousarray(order))]
+        blocks = gguf.blocks(tensor)
+        order = torch.from_numpy(self.architecture.order(len(blocks), tensor.name))
+        if not torch.equal(order, torch.arange(len(order))):
+            blocks = blocks[order]
         weight = gguf.FROM[kind](blocks)
         return weight, f"{kind}, {gguf.exactness(weight, blocks, kind)}"
-
-    def reordered(self, values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-        """What transformers makes of a tensor's dequantised values; ``name`` is the file's."""
-        processed: np.ndarray[Any, Any] = self._processor.process(values, name=name).weights
-        return processed
 
     def tokenizer(self) -> Any:
         """The file's own tokenizer."""
@@ -142,11 +125,11 @@ class GGUFModel:
         return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=self.path.name)
 
     def model(self) -> nn.Module:
-        """The model, with the file's own 4-bit values in its linear layers.
+        """The model, with the file's own 4-bit values in its linear layers and experts.
 
-        One tensor is converted at a time; what is not 4-bit is held in ``dtype``.
+        One matrix is converted at a time; what is not 4-bit is held in ``dtype``.
         """
-        made = {item.name: self.make(item)[0] for item in self.items}
+        made = {item.name: self._whole(item) for item in self.items}
         packed = {name: t for name, t in made.items() if isinstance(t, Int4Tensor)}
         # transformers puts the rest in its places: buffers, tied weights. It would round the scales
         # of the 4-bit ones to the model's dtype, so these go in afterwards, as they are.
@@ -159,23 +142,24 @@ class GGUFModel:
             setattr(model.get_submodule(owner), leaf, nn.Parameter(t, requires_grad=False))
         return model.eval()
 
-
-def _parse(path: Path) -> dict[str, Any]:
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    try:
-        parsed: dict[str, Any] = load_gguf_checkpoint(str(path))
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path.name} lacks what a model needs: {error}") from error
-    return parsed
+    def _whole(self, item: Item) -> Tensor:
+        made = [self.make(item, index)[0] for index in item.indices]
+        return made[0] if item.like.ndim < 3 else torch.cat([t.unsqueeze(0) for t in made])
 
 
-def _config(fields: dict[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**fields)
-    config.dtype = dtype
-    return config
+def _shape(
+    tensors: tuple[GGUFTensor, ...], name: str, expected: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Of the parameter ``name``, checked."""
+    shapes = [t.shape for t in tensors]
+    rows = sum(shape[-2] for shape in shapes) if len(shapes) > 1 else 0
+    shape = (*shapes[0][:-2], rows, shapes[0][-1]) if rows else shapes[0]
+    # (GGUF has no leading dim of 1.)
+    if len(set(shapes)) > 1 or expected not in (shape, (1, *shape)):
+        names = " and ".join(t.name for t in tensors)
+        rule = f"{names} must have the shape of {name}, {errors.dims(expected)}"
+        raise errors.value(rule, ", ".join(map(errors.dims, shapes)))
+    return expected
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -75,7 +75,9 @@ def differences(source: Source, original: Source) -> Iterator[Difference]:
             error = (exact - matrix.dequantize(torch.float32)).abs()
             signal += float(exact.double().square().sum())
             noise += float(error.double().square().sum())
-            scale = matrix.scale.mT.float().abs().repeat_interleave(matrix.group_size, dim=1)
+            scale = matrix.scale.float().abs().repeat_interleave(matrix.group_size, dim=-2)
+            if matrix.grouped_dim == matrix.ndim - 1:
+                scale = scale.mT
             bins = (error / scale * 2 * BINS).nan_to_num(BINS).clamp(max=BINS).long()
             counts += torch.bincount(bins.flatten(), minlength=BINS + 1)
         sqnr = 10 * torch.log10(torch.tensor(signal / noise)) if noise else torch.tensor(torch.inf)

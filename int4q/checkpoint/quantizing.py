@@ -208,7 +208,7 @@ def _choose(
     reasons = {w.name: w.reason or "" for w in seen.skipped if w.tied_to is None}
     for w in seen.quantized:
         t = model.get_parameter(w.name)
-        if reason := _reason(w.name, t, excluded, how):
+        if reason := _reason(w.name, excluded, how):
             reasons[w.name] = reason
         elif w.tied_to is None:
             chosen[w.name] = t
@@ -239,12 +239,10 @@ def _is_wanted(module: nn.Module, name: str, *, wanted: set[str]) -> bool:
     return f"{name}.weight" in wanted and not isinstance(module.weight, Int4Tensor)
 
 
-def _reason(name: str, t: Int4Tensor, excluded: set[str], how: Mapping[str, Recipe]) -> str | None:
+def _reason(name: str, excluded: set[str], how: Mapping[str, Recipe]) -> str | None:
     """Why a weight that could be quantised is not."""
     if name in excluded:
         return _EXCLUDED
-    if t.grouped_dim != t.ndim - 1:
-        return "stored as [in, out]: a checkpoint's groups run along its last dim"
     if name not in how:
         return "tied to another parameter"
     return how[name].reason
@@ -300,9 +298,11 @@ def _read(source: Source, names: Sequence[str]) -> Tensor:
 def _quantize(w: Tensor, *, name: str, like: Int4Tensor, options: Options) -> dict[str, Tensor]:
     """The parts of a weight, under their stored names."""
     w = w.to(options.device).to(like.dtype)
+    dim = like.grouped_dim - like.ndim  # -2 of what is stored as [in, out]
     if options.symmetric:
         block_size = [1] * (w.ndim - 1) + [like.group_size]
-        made: Tensor = Int4Tensor.from_hp(w, block_size, algorithm="symmetric")
+        rows = Int4Tensor.from_hp(w.transpose(dim, -1), block_size, algorithm="symmetric")
+        made: Tensor = rows.transpose(dim, -1)
     else:
-        made = quantize_tensor(w, replace(options.config, group_size=like.group_size), name)
+        made = quantize_tensor(w, replace(options.config, group_size=like.group_size), name, dim)
     return schema.flatten(name, made)[0]

@@ -1,7 +1,7 @@
 """Carry a plan out: read, compute and write at the same time, and go on where a run was killed.
 
-Three threads: one reads the tensors of the next job, this one computes, one writes what came of the
-job before. So at most three jobs are in memory, whatever the size of the checkpoint.
+Some threads read the tensors of the next jobs, this one computes, one writes what came of the job
+before. So at most three of the largest jobs are in memory, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +27,9 @@ from int4q.checkpoint.workspace import Journal, Workspace, sync, write
 
 SYNC_BYTES = 1 << 28
 """Written between two waits for the disk: what a killed run has to do again at most."""
+
+READERS = 4
+"""Threads that read: one alone faults pages in at a fraction of what memory gives."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes read, and bytes to read in all."""
@@ -132,15 +136,27 @@ def _work(
 
 
 def _ahead(jobs: Sequence[Job]) -> Iterator[Any]:
-    """What each job reads, in turn; the next one is being read meanwhile."""
-    with ThreadPoolExecutor(1) as reading:
-        pending = [reading.submit(job.read) for job in jobs[:1]]
-        for following in [*jobs[1:], None]:
-            if not pending:
-                return
-            got = pending.pop().result()
-            if following is not None:
-                pending.append(reading.submit(following.read))
+    """What each job reads, in turn; those after it are being read meanwhile.
+
+    As many as make up the bytes of the largest job, so small tensors cost no more memory than one
+    large one.
+    """
+    limit = max((job.nbytes for job in jobs), default=0)
+    waiting = deque(jobs)
+    reading: deque[tuple[int, Future[Any]]] = deque()
+    with ThreadPoolExecutor(READERS) as readers:
+
+        def begin() -> None:
+            held = sum(nbytes for nbytes, _ in reading)
+            while waiting and (not reading or held + waiting[0].nbytes <= limit):
+                job = waiting.popleft()
+                reading.append((job.nbytes, readers.submit(job.read)))
+                held += job.nbytes
+
+        begin()
+        while reading:
+            got = reading.popleft()[1].result()
+            begin()
             yield got
             del got
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from int4q.ops import experts_combine, experts_permute
 from int4q.prepare import EXPERTS, Parts, in_use
 from int4q.tensor.base import Int4TensorBase
 from int4q.tensor.matmul_ops import grouped_along_groups, grouped_mm
@@ -38,33 +39,25 @@ def experts_forward(
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
     """
-    T, top_k = top_k_index.shape
     if top_k_weights.shape != top_k_index.shape:  # [T, E], as some routers of 5.0 give them
         top_k_weights = top_k_weights.gather(1, top_k_index)
     E = self.down_proj.shape[0]
-    expert, order = top_k_index.reshape(-1).sort(stable=True)
-    number = torch.arange(E, device=expert.device)
-    offs = torch.searchsorted(expert, number, right=True, out_int32=True)
-    row = expert.clamp(max=E - 1)  # where its bias is; for experts held elsewhere any
-
+    token, offs, position, expert = experts_permute(top_k_index, E)
     has_gate = getattr(self, "has_gate", True)
-    x = hidden_states[order // top_k]
-    y = _grouped_linear(self, "gate_up_proj" if has_gate else "up_proj", x, offs, row)
+    x = hidden_states.index_select(0, token)
+    y = _grouped_linear(self, "gate_up_proj" if has_gate else "up_proj", x, offs, expert)
     y = self._apply_gate(y) if has_gate else self.act_fn(y)
-    y = _grouped_linear(self, "down_proj", y, offs, row)
+    y = _grouped_linear(self, "down_proj", y, offs, expert)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1, 1)[order]
-    y = y.masked_fill(expert.unsqueeze(-1) >= E, 0)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0], device=order.device)
-    return y[back].view(T, top_k, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    y = experts_combine(y, position, top_k_index, top_k_weights, E)
+    return y.to(hidden_states.dtype)
 
 
-def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, row: Tensor) -> Tensor:
+def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, expert: Tensor) -> Tensor:
     """Rows of ``x [S, in]``, sorted by expert, times their experts' weights, plus their biases."""
     w = in_use(self, name)
-    if isinstance(w, Parts):
+    if isinstance(w, Parts) or _as_stored(w, 1 if self.is_transposed else 2):
         y = grouped_along_groups(x, w, offs)
     else:
         w = w if self.is_transposed else w.transpose(-2, -1)
@@ -72,7 +65,17 @@ def _grouped_linear(self: nn.Module, name: str, x: Tensor, offs: Tensor, row: Te
             y = grouped_mm(x, w, offs)
         else:  # a layer that was left as it is
             y = getattr(moe, "_grouped_mm", torch._grouped_mm)(x, w, offs=offs)
-    return y + getattr(self, f"{name}_bias")[row] if self.has_bias else y
+    return y + getattr(self, f"{name}_bias").index_select(0, expert) if self.has_bias else y
+
+
+def _as_stored(w: Tensor, contracted_dim: int) -> bool:
+    """Whether eager code may take the parts of ``w``: a transposed tensor costs more to make than
+    the product. (Compiled code sees the tensor's ops.)"""
+    return (
+        isinstance(w, Int4TensorBase)
+        and w.grouped_dim == contracted_dim
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _fallback(func, types, args, kwargs):

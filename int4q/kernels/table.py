@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, stack, triton
+from int4q.kernels import cpu, cuda, fbgemm, fp8, reference, routing, stack, triton
 from int4q.kernels.registry import Kernel, KernelPreference, Problem, register
 
 INT8_MAX_M = 8
@@ -34,6 +34,11 @@ def _reference(run: Callable[..., Any], name: str = "reference") -> Kernel:
         run,
         lambda problem: "plain torch dequantises the whole weight at every call",
     )
+
+
+def _plain(run: Callable[..., Any]) -> Kernel:
+    """What torch's own ops do well, without a weight."""
+    return Kernel("torch", KernelPreference.TORCH, lambda problem: None, run)
 
 
 def _one_by_one(run: Callable[..., Any]) -> Kernel:
@@ -98,6 +103,8 @@ register(
     triton.GROUPED_GRADIENT,
     _one_by_one(stack.grouped_mm_backward),
 )
+register(routing.PERMUTE, triton.PERMUTE, _plain(routing.permute))
+register(routing.COMBINE, triton.COMBINE, _plain(routing.combine))
 
 register("int4_cpu_packed_linear", cpu.PACKED, cpu.UNPACKING)
 register(

@@ -44,6 +44,16 @@ class Weight(NamedTuple):
             qdata=self.qdata[which], scale=self.scale[:, which], zero_point=zero_point
         )
 
+    def columns(self, which: slice) -> Weight:
+        """Columns of a matrix, in whole groups, as views."""
+        groups = slice(which.start // self.group_size, -(-which.stop // self.group_size))
+        zero_point = None if self.zero_point is None else self.zero_point[groups]
+        return self._replace(
+            qdata=self.qdata[:, which.start // 2 : which.stop // 2],
+            scale=self.scale[groups],
+            zero_point=zero_point,
+        )
+
     def expert(self, index: int) -> Weight:
         """One matrix of a stack, as views."""
         zero_point = None if self.zero_point is None else self.zero_point[index]

@@ -12,10 +12,19 @@ from int4q.ops import (  # noqa: F401  (registered)
     fp8,
     lowering,
     q4gsw,
+    routing,
     symmetric,
 )
 from int4q.ops.define import SCALE_DTYPES
 from int4q.ops.experts import run_stack
 from int4q.ops.linear import coalesced_linear, linear_parts
+from int4q.ops.routing import experts_combine, experts_permute
 
-__all__ = ["SCALE_DTYPES", "coalesced_linear", "linear_parts", "run_stack"]
+__all__ = [
+    "SCALE_DTYPES",
+    "coalesced_linear",
+    "experts_combine",
+    "experts_permute",
+    "linear_parts",
+    "run_stack",
+]

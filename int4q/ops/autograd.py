@@ -28,7 +28,13 @@ def in_forward_mode() -> bool:
 
 
 def register(
-    library: torch.library.Library, name: str, backward, save, jvp=None, any_lead: bool = False
+    library: torch.library.Library,
+    name: str,
+    backward,
+    save,
+    jvp=None,
+    any_lead: bool = False,
+    also: str = "bias",
 ) -> None:
     """Derivatives of the op ``int4q::name``.
 
@@ -37,6 +43,7 @@ def register(
         save: ``(ctx, inputs, output)``, what ``backward`` needs.
         jvp: ``(inputs, tangents)`` to the tangent of the output; by default that of an op
             linear in its first argument and its bias: the op itself on their tangents.
+        also: name of the one argument beside the first that has derivatives.
         any_lead: the first argument may have any leading dims, so ``vmap`` adds one.
     """
     op = getattr(torch.ops.int4q, name).default
@@ -70,7 +77,7 @@ def register(
         @staticmethod
         def jvp(ctx, *tangents):
             inputs, ctx.inputs = ctx.inputs, None
-            _check_tangents(name, arguments, tangents)
+            _check_tangents(name, arguments, tangents, also)
             return jvp(inputs, tangents)
 
     Derivative.__name__ = f"{name}_derivative"
@@ -105,11 +112,11 @@ def linear_jvp(op) -> Callable:
     return jvp
 
 
-def _check_tangents(name: str, arguments, tangents) -> None:
+def _check_tangents(name: str, arguments, tangents, also: str) -> None:
     for argument, tangent in zip(arguments[1:], tangents[1:], strict=False):
-        if isinstance(tangent, Tensor) and argument.name != "bias":
+        if isinstance(tangent, Tensor) and argument.name != also:
             raise errors.value(
-                f"int4q::{name} has derivatives in {arguments[0].name} and bias only",
+                f"int4q::{name} has derivatives in {arguments[0].name} and {also} only",
                 f"a tangent of {argument.name}",
                 "Use the dequantised weight",
             )

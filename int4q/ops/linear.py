@@ -65,10 +65,18 @@ def linear_grad(ctx, grad):
     return _grads(ctx, grad, weight, act_pre_scale)
 
 
+def _backward(*parts):
+    """``int4_linear_backward``, without the dispatcher where it would add nothing."""
+    grad = parts[0]
+    if grad.is_cuda and dispatches_nothing(grad, None) and cuda.by_core():
+        return cuda.run("int4_linear_backward", *parts)
+    return torch.ops.int4q.int4_linear_backward(*parts)
+
+
 def _grads(ctx, grad, weight, act_pre_scale):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.int4q.int4_linear_backward(grad, *weight, ctx.group_size)
+        grad_x = _backward(grad, *weight, ctx.group_size)
         if act_pre_scale is not None:
             grad_x = grad_x * act_pre_scale.reshape(-1).to(grad_x.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:

@@ -21,7 +21,14 @@ from int4q.kernels.core import library
 from int4q.kernels.cpu import core
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
-from int4q.ops import cuda, experts, fp8, q4gsw, symmetric  # noqa: F401  (their ops are below)
+from int4q.ops import (  # noqa: F401  (their ops are below)
+    cuda,
+    experts,
+    fp8,
+    q4gsw,
+    routing,
+    symmetric,
+)
 from int4q.ops.linear import turned
 
 _MANY_ROWS = 1 << 20
@@ -109,7 +116,11 @@ def _as_it_is(*args, **kwargs):
     return NotImplemented
 
 
-for _name in ("int4_bmm", "int4_grouped_mm", "int4_linear_fp8", "fp8_rows", "dequant_w4_to_bf16"):
+_OPAQUE = (
+    "int4_bmm", "int4_grouped_mm", "experts_permute", "experts_combine", "int4_linear_fp8",
+    "fp8_rows", "dequant_w4_to_bf16",
+)  # fmt: skip
+for _name in _OPAQUE:
     _replace(getattr(torch.ops.int4q, _name).default)(_as_it_is)
 
 decomposition.fast_random_decomps.cache_clear()  # a copy of the table, if it was made already

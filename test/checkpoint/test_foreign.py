@@ -194,12 +194,37 @@ def test_gguf_and_back(kind, back):
 
 def test_what_gguf_cannot_hold():
     t = Int4Tensor.from_hp(torch.randn(32, 256), [1, 32])
-    with pytest.raises(ValueError, match="no zero points"):
-        gguf.to_q4_0(t)
-    with pytest.raises(ValueError, match="every scale in GGUF must be a float16"):
-        gguf.to_q4_1(t)
-    with pytest.raises(ValueError, match="groups of 32"):
-        gguf.to_q4_1(Int4Tensor.from_hp(torch.randn(32, 256), [1, 128]))
+    half = t.scale.half().float()
+    for scale, zero_point, kind, message in [
+        (t.scale, t.zero_point, "Q4_1", "every scale in GGUF must be a float16"),
+        (half, t.zero_point, "Q4_0", "no zero points"),
+        (half, t.zero_point, "Q4_1", "every minimum in GGUF must be a float16"),
+        (1e6 * half, t.zero_point, "Q4_1", "larger ones"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gguf.halves(scale, zero_point, kind)
+    with pytest.raises(ValueError, match="larger ones"):
+        gguf.halves(1e6 * half, t.zero_point, "Q4_1", rounded=True)
+    with pytest.raises(ValueError, match="in groups along K"):
+        gguf.to_q4_1(t.t())
+
+
+def test_larger_groups_are_several_blocks():
+    w = torch.randn(3, 32, 256, dtype=torch.bfloat16)
+    t = Int4Tensor.from_hp(w, [1, 1, 128], algorithm="symmetric")
+    back = gguf.from_q4_0(gguf.to_q4_0(t))
+    assert back.group_size == 32
+    assert torch.equal(back.dequantize(), t.dequantize(torch.float32))
+
+
+def test_rounded_on_request():
+    """Half of float16's last bit of the scale at most eight times, half of the minimum's once."""
+    t = Int4Tensor.from_hp(torch.randn(32, 256), [1, 128])
+    back = gguf.from_q4_1(gguf.to_q4_1(t, rounded=True))
+    off = (back.dequantize() - t.dequantize()).abs().unflatten(1, (2, 128)).amax(-1).mT
+    minimum = t.zero_point - 8 * t.scale
+    bound = 2**-11 * (8 * t.scale + minimum.abs()) + 2**-20
+    assert (off <= bound).all() and (off > 0).any()
 
 
 def test_a_rounded_zero_point_is_said():

@@ -10,69 +10,21 @@ import torch
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
+import gguf_files  # noqa: E402
+
 import int4q  # noqa: E402
 from int4q import Int4Tensor  # noqa: E402
 from int4q.checkpoint.gguf_file import GGUFFile  # noqa: E402
 from int4q.checkpoint.gguf_model import GGUFModel  # noqa: E402
 from int4q.cli import main  # noqa: E402
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 64, 256, 4, 2, 64
 KINDS = gguf.GGMLQuantizationType
-_SHAPES = {
-    "attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN // 2, HIDDEN), "attn_v": (HIDDEN // 2, HIDDEN),
-    "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
-    "ffn_down": (HIDDEN, INNER),
-}  # fmt: skip
-
-
-def blocks(shape, kind):
-    """Bytes of a 4-bit tensor: random values, scales that are finite."""
-    values, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    made = torch.randint(0, 256, (shape[0], shape[1] // values, nbytes), dtype=torch.uint8)
-    halves = 2 if kind == KINDS.Q4_0 else 4
-    made[..., :halves] = (torch.randn(*made.shape[:2], halves // 2).half() * 0.02).view(torch.uint8)
-    return made.flatten(1).numpy()
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A llama of two layers with tensors of every type that is read, and a tokenizer."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    tokens = [*(chr(33 + i) for i in range(VOCAB - 1)), "!!"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["! !"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    embedding = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN), dtype=np.float32)
-    q8 = gguf.quantize(embedding, KINDS.Q8_0)
-    writer.add_tensor("token_embd.weight", q8, raw_dtype=KINDS.Q8_0)
-    for layer in range(2):
-        for name, shape in _SHAPES.items():
-            kind = KINDS.Q4_K if name == "ffn_down" else (KINDS.Q4_0, KINDS.Q4_1)[layer]
-            name = f"blk.{layer}.{name}.weight"
-            writer.add_tensor(name, blocks(shape, kind), raw_dtype=kind)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return gguf_files.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +59,86 @@ def test_a_model_holds_the_files_values(path, theirs):
     assert ids.shape == (1, 3)
     ours, exact = model.float()(ids).logits, theirs(ids).logits
     assert (ours - exact).norm() < 0.02 * exact.norm()  # (the embedding is bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_experts(architecture, tmp_path):
+    """A mixture of experts: every matrix of its stacks as `gguf` dequantises it."""
+    path = gguf_files.write(tmp_path / "moe.gguf", architecture, experts=True)
+    model, _ = int4q.load(path)
+    assert model.config.model_type == {"llama": "mixtral", "qwen3moe": "qwen3_moe"}[architecture]
+    assert model.config.num_experts_per_tok == 2
+    held = gguf_files.values(path)
+    for i, layer in enumerate(model.model.layers):
+        gate, up, down = (held[f"blk.{i}.ffn_{n}_exps.weight"] for n in ("gate", "up", "down"))
+        stack = layer.mlp.experts.gate_up_proj
+        assert isinstance(stack, Int4Tensor)
+        assert torch.equal(stack.dequantize(), torch.cat([gate, up], dim=1))
+        bound = float(down.abs().max()) * 2**-23  # (Q4_K: the last bit of a zero point)
+        ours = layer.mlp.experts.down_proj.dequantize()
+        torch.testing.assert_close(ours, down, rtol=0, atol=bound)
+        assert torch.equal(layer.mlp.gate.weight, held[f"blk.{i}.ffn_gate_inp.weight"].bfloat16())
+    main(["convert", str(path), str(tmp_path / "int4")])
+    again, _ = int4q.load(tmp_path / "int4")
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        exact = [t.dequantize() if isinstance(t, Int4Tensor) else t for t in (p, q)]
+        assert torch.equal(*exact), name
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_experts_as_transformers_reads_them(tmp_path):
+    path = gguf_files.write(tmp_path / "moe.gguf", "qwen3moe", experts=True, down=KINDS.Q8_0)
+    model, _ = int4q.load(path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(  # (it overlooks the experts' size)
+        tmp_path, gguf_file=path.name, dtype=torch.float32, config=model.config
+    )
+    for (name, p), q in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.dequantize() if isinstance(p, Int4Tensor) else p, q), name
+
+
+def llama3(config, factor=8.0):
+    """Factors of the frequencies as llama 3's formula gives them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    told = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    plain = config.rope_parameters["rope_theta"] ** -torch.arange(0, 1, 1 / 8)
+    config.rope_parameters |= told
+    return (plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]).numpy()
+
+
+def test_scaled_frequencies(path, theirs, tmp_path):
+    import copy
+
+    factors = llama3(copy.deepcopy(theirs.config))
+    scaled = gguf_files.write(tmp_path / "x.gguf", extra={"rope_freqs.weight": factors})
+    frequencies = [
+        model.model.rotary_emb.inv_freq for model in (int4q.load(scaled)[0], int4q.load(path)[0])
+    ]
+    torch.testing.assert_close(frequencies[0] * torch.from_numpy(factors), frequencies[1])
+    assert factors.max() > 7.99 and abs(factors.min() - 1) < 1e-6
+    other = gguf_files.write(tmp_path / "y.gguf", extra={"rope_freqs.weight": factors[::-1]})
+    with pytest.raises(ValueError, match="llama 3's factors"):
+        GGUFModel(other)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "longrope"])
+def test_frequencies_scaled_by_a_rule(kind, tmp_path):
+    def told(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
+
+    path = gguf_files.write(tmp_path / "x.gguf", told=told)
+    if kind == "longrope":
+        with pytest.raises(ValueError, match="linearly or by yarn, got longrope"):
+            GGUFModel(path)
+        return
+    rope = GGUFModel(path).config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == (kind, 4.0, 10000.0)
+    assert kind == "linear" or rope["original_max_position_embeddings"] == 4096
 
 
 def test_convert_and_load_again(path, theirs, tmp_path, capsys):

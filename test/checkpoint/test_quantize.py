@@ -12,10 +12,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from checkpoints import contents, llama, qwen_moe  # noqa: E402
+from checkpoints import contents, gpt2, llama, qwen_moe, saved  # noqa: E402
+from integrations.families import gpt_oss, llama4  # noqa: E402
 from kills import check_kills  # noqa: E402
 
-from int4q import Int4WeightOnlyConfig, moe_config  # noqa: E402
+from int4q import Int4Tensor, Int4WeightOnlyConfig, moe_config, quantize_  # noqa: E402
+from int4q.checkpoint import inspecting  # noqa: E402
 from int4q.checkpoint.quantizing import Options, plan_quantize  # noqa: E402
 from int4q.checkpoint.source import Source  # noqa: E402
 from int4q.checkpoint.stream import run  # noqa: E402
@@ -71,6 +73,32 @@ def test_transformers_loads_what_it_would_have_made(make, config, tmp_path):
         file["quantization_config"] = re.sub(r'"set_inductor_config": \w+', "", text)
     assert files[0] == files[1]
     assert (tmp_path / "int4" / "tokenizer_config.json").read_text() == "{}"
+
+
+@pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
+@pytest.mark.parametrize("make", [gpt2, gpt_oss, llama4])
+def test_weights_held_as_in_out(make, tmp_path):
+    """Conv1D, and experts that are `[E, in, out]`: as `quantize_` makes them of the whole model."""
+    config, source = Int4WeightOnlyConfig(group_size=32), saved(make(), tmp_path / "model")
+    config = config if make is gpt2 else moe_config(config)
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    main(["quantize", str(source), str(tmp_path / "int4"), "--group-size", "32", "--strict"])
+    ours, theirs = read(tmp_path / "int4"), read(source)
+    quantize_(theirs, config)
+    same(ours, theirs)
+    main(["quantize", str(source), str(tmp_path / "symmetric"), "--group-size", "32",
+          "--algorithm", "symmetric"])  # fmt: skip
+    floats = dict(read(source).named_parameters())
+    turned = 0
+    for name, p in read(tmp_path / "symmetric").named_parameters():
+        if isinstance(p, Int4Tensor) and p.grouped_dim != p.ndim - 1:
+            turned += 1
+            w, sizes = floats[name].detach().mT, [1] * (p.ndim - 1) + [32]
+            expected = Int4Tensor.from_hp(w, sizes, algorithm="symmetric").mT
+            assert torch.equal(p.dequantize(), expected.dequantize())
+    assert turned == {gpt2: 8, gpt_oss: 4, llama4: 4}[make]
+    found = list(inspecting.differences(Source(tmp_path / "int4"), Source(source)))
+    assert all(d.histogram[-1] < 0.02 for d in found)  # (no more than half a step off)
 
 
 def test_files_are_what_safetensors_writes(expected, source, tmp_path):

@@ -53,6 +53,8 @@ _ALLOCATE = {
 _COPY = {aten.clone.default, aten._to_copy.default}
 _RENAME = {aten._unsafe_view.default}
 """Views that their schema does not call so."""
+_FACTS = {aten.promote_types.default}
+"""Ops without tensors."""
 
 _UNKNOWN = object()
 _plans: dict[tuple, Plan | None] = {}
@@ -189,7 +191,7 @@ class Recorder(TorchDispatchMode):
             self._operator("mm", result, *args)
         elif func is aten.addmm.out and len(args) == 3 and set(kwargs) == {"out"}:
             self._operator("addmm", result, *args)
-        elif not func.is_view and func not in _RENAME:
+        elif not func.is_view and func not in _RENAME | _FACTS:
             self.fail(f"{func} is no part of a plan")
         return result
 

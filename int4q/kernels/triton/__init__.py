@@ -3,6 +3,7 @@
 from int4q.kernels.triton.entries import (
     BMM,
     BMM_GRADIENT,
+    COMBINE,
     DEQUANTIZE,
     DEQUANTIZED,
     FP8_ROWS,
@@ -13,6 +14,7 @@ from int4q.kernels.triton.entries import (
     INT8,
     MATMUL,
     MATVEC,
+    PERMUTE,
     STREAM_BMM,
     STREAM_GROUPED,
 )
@@ -20,6 +22,7 @@ from int4q.kernels.triton.entries import (
 __all__ = [
     "BMM",
     "BMM_GRADIENT",
+    "COMBINE",
     "DEQUANTIZE",
     "DEQUANTIZED",
     "FP8_ROWS",
@@ -30,6 +33,7 @@ __all__ = [
     "INT8",
     "MATMUL",
     "MATVEC",
+    "PERMUTE",
     "STREAM_BMM",
     "STREAM_GROUPED",
 ]

@@ -31,13 +31,11 @@ from int4q.kernels.triton.tiles import DequantizeConfig
 from int4q.kernels.weight import Weight
 
 SLICE_BYTES = 256 << 20
-"""Most memory that :func:`linear` takes for dequantised weights at a time.
+"""Most memory that :func:`linear` and :func:`grad_input` take for dequantised weights at a time.
 
 Measured on an H200: 64 MB slices cost up to 10 % (smaller GEMMs leave more of the device idle at
 their ends), and dequantising the next slice beside the GEMM gains nothing.
 """
-GRADIENT_SLICE_BYTES = 64 << 20
-"""The same for :func:`grad_input`, which adds up a part of the result for every slice."""
 
 
 def unsupported(problem) -> str | None:
@@ -184,15 +182,22 @@ def linear(
     return out
 
 
+@planned
 def grad_input(grad: Tensor, weight: Weight) -> Tensor:
-    """``grad [M, N] @ W``, one slice of rows dequantised at a time, summed in float32."""
+    """``grad [M, N] @ W`` by dequantising slices of columns and calling cuBLAS: ``[M, K]``.
+
+    (Slices of rows would each give a part of every sum.)
+    """
+    N, K = weight.N, weight.K
     dtype = torch.promote_types(grad.dtype, weight.scale.dtype)
-    step = max(1, GRADIENT_SLICE_BYTES // max(1, weight.K * dtype.itemsize))
-    total = None
-    for start in range(0, weight.N, step):
-        rows = slice(start, start + step)
-        part = grad[:, rows].to(dtype) @ dequantize(weight.rows(rows), dtype)
-        if step >= weight.N:
-            return part.to(grad.dtype)
-        total = part.float() if total is None else total.add_(part)
-    return grad.new_zeros((grad.shape[0], weight.K)) if total is None else total.to(grad.dtype)
+    wide = grad.to(dtype)
+    out = wide.new_empty((wide.shape[0], K))
+    unit = -(-256 // weight.group_size) * weight.group_size
+    step = min(K, max(1, SLICE_BYTES // max(1, N * unit * dtype.itemsize)) * unit)
+    scratch = wide.new_empty(N * step)
+    for start in range(0, K, max(1, step)):
+        columns = slice(start, min(start + step, K))
+        part = scratch[: N * (columns.stop - start)].view(N, columns.stop - start)
+        dequantize_into(weight.columns(columns), part)
+        torch.mm(wide, part, out=out[:, columns])
+    return out.to(grad.dtype)

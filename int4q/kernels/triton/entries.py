@@ -44,6 +44,8 @@ MATMUL = _kernel("triton_matmul", "matmul")
 GRADIENT = _kernel("triton_dequantize_matmul", "dequant", "grad_input")
 DEQUANTIZE = _kernel("triton_dequantize", "dequant", "dequantize")
 FP8_ROWS = _kernel("triton_fp8_rows", "fp8", "fp8_rows")
+PERMUTE = _kernel("triton_permute", "routing", "permute")
+COMBINE = _kernel("triton_combine", "routing", "combine", check="unsupported_combine")
 
 STREAM_BMM = _kernel("gluon_experts", "gluon_experts", "int4_bmm")
 STREAM_GROUPED = _kernel("gluon_experts", "gluon_experts", "int4_grouped_mm")

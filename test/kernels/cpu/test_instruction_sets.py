@@ -42,7 +42,8 @@ def test_on_this_cpu(isa):
     here = [name for name, feature in _SETS.items() if native._features() & feature]
     if isa not in here[:-1]:
         pytest.skip(f"{isa} is this CPU's best, and tested as that, or it has none: {here}")
-    files = NUMBERS if core.load()[0] is None else (*NUMBERS, "test_core.py")
+    files = (*NUMBERS, "test_compiled_search.py")
+    files += () if core.load()[0] is None else ("test_core.py",)
     run(files, INT4Q_CPU_ISA=isa)
 
 

@@ -44,6 +44,27 @@ def coalesced(M, seed):
     return x, qdata, scale.mT.contiguous(), zero_point.mT.contiguous(), *rest, True
 
 
+def gradient(M, seed, is_coalesced=False):
+    _, qdata, *scales = plain(M, seed)[:4]
+    if is_coalesced:
+        scales = [part.mT.contiguous().mT for part in scales]
+    grad = torch.randn(M, N, device="cuda", generator=generator(seed)).to(BF16)
+    return grad, qdata, *scales, 128
+
+
+def routed(seed):
+    scores = torch.rand(12, 20, device="cuda", generator=generator(seed))
+    weights, index = scores.topk(4)
+    return index, weights
+
+
+def combined(seed):
+    index, weights = routed(seed)
+    position = torch.ops.int4q.experts_permute(index, 16)[2]
+    y = torch.randn(48, K, device="cuda", generator=generator(seed)).to(BF16)
+    return y, position, index, weights, 16
+
+
 def symmetric(M, seed):
     x, qdata, scale, *_ = plain(M, seed)
     return x, qdata, scale.mT.contiguous(), 128
@@ -77,6 +98,10 @@ CASES = {
     "bmm, many rows": ("int4_bmm", lambda seed: stack(256, seed, False)),
     "grouped": ("int4_grouped_mm", lambda seed: stack(8, seed, True)),
     "grouped, many rows": ("int4_grouped_mm", lambda seed: stack(256, seed, True)),
+    "gradient": ("int4_linear_backward", lambda seed: gradient(40, seed)),
+    "gradient, coalesced": ("int4_linear_backward", lambda seed: gradient(40, seed, True)),
+    "permute": ("experts_permute", lambda seed: (routed(seed)[0], 16)),
+    "combine": ("experts_combine", lambda seed: combined(seed)),
     "fp8 rows": ("fp8_rows", lambda seed: (x_of(16, seed), None)),
 }
 cases = pytest.mark.parametrize("case", CASES)

@@ -32,6 +32,7 @@ def jobs():
     from int4q.kernels.triton import gluon_experts, gluon_matmul
     from int4q.kernels.triton import matmul as triton_matmul
     from int4q.kernels.triton import matvec as triton_matvec
+    from int4q.kernels.triton import routing as triton_routing
     from int4q.kernels.triton import w4a8 as triton_w4a8
     from int4q.kernels.weight import Weight
 
@@ -92,6 +93,17 @@ def jobs():
         ("triton symmetric", lambda: triton_matmul.linear(x, symmetric)),
         ("fp8 rows", lambda: triton_fp8.fp8_rows(x, scale[0])),
         ("fp8 rows, float32", lambda: triton_fp8.fp8_rows(empty(3, 320, dtype=torch.float32))),
+        ("permute", lambda: triton_routing.permute(empty(8, 8, dtype=torch.int64), 128)),
+        (
+            "combine",
+            lambda: triton_routing.combine(
+                empty(64, 2048),
+                empty(64, dtype=torch.int32),
+                empty(8, 8, dtype=torch.int64),
+                empty(8, 8),
+                128,
+            ),
+        ),
         ("matvec symmetric", lambda: triton_matvec.linear(x[:1], symmetric)),
         ("dequantise", lambda: triton_dequant.dequantize(symmetric, torch.bfloat16)),
         ("dequantise affine, tail", lambda: triton_dequant.dequantize(tail, torch.float16)),
@@ -199,9 +211,9 @@ def compiled() -> list[dict]:
 def test_all_compile(compiled):
     names = {entry["kernel"] for entry in compiled}
     assert names == {
-        "_arrange_experts_kernel", "_arrange_kernel", "_dequantize_kernel", "_experts_grad_kernel",
-        "_experts_kernel", "_fp8_rows_kernel", "_gemm_kernel", "_matvec_kernel",
-        "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
+        "_arrange_experts_kernel", "_arrange_kernel", "_combine_kernel", "_dequantize_kernel",
+        "_experts_grad_kernel", "_experts_kernel", "_fp8_rows_kernel", "_gemm_kernel",
+        "_matvec_kernel", "_permute_kernel", "_quantize_kernel", "_stream_kernel", "_w4a8_kernel",
     }  # fmt: skip
 
 

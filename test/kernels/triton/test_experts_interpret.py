@@ -26,9 +26,10 @@ else:
     import weights
     from weights import BF16, ELEMENT_TOLERANCE, FP16, FP32
 
-    from int4q.kernels import registry
+    from int4q.kernels import registry, routing
     from int4q.kernels.triton import experts as triton_experts
     from int4q.kernels.triton import experts_plan as triton_plan
+    from int4q.kernels.triton import routing as triton_routing
 
     @dataclass(frozen=True)
     class Case:
@@ -128,3 +129,20 @@ else:
                 for row in range(int(rising[-1]))
             ]
             assert covered == expected
+
+    @pytest.mark.parametrize(
+        "case", [(1, 8, 128, 128), (7, 2, 5, 8), (40, 8, 20, 20), (0, 2, 4, 4)]
+    )
+    def test_permute_and_combine(case):
+        """Both kernels are their definitions; rows of experts held elsewhere are not read."""
+        T, top_k, n_experts, everywhere = case
+        scores = torch.rand(T, everywhere, generator=torch.Generator().manual_seed(T))
+        weights, index = scores.topk(top_k)
+        got = triton_routing.permute(index, n_experts)
+        expected = routing.permute(index, n_experts)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        y = torch.randn(T * top_k, 48).to(BF16)
+        y[expected[1][-1] :] = float("nan")
+        args = y, expected[2], index, weights, n_experts
+        out = triton_routing.combine(*args)
+        torch.testing.assert_close(out, routing.combine(*args), rtol=2**-7, atol=1e-6)

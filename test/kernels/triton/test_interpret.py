@@ -215,6 +215,17 @@ else:
         w = values(weight).to(BF16)
         check(y, x.double() @ w.double().t() + bias.double(), BF16)
 
+    @pytest.mark.parametrize("group_size", [32, 128])
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    def test_gradient_in_slices_of_columns(group_size, dtype, monkeypatch):
+        """The last slice is narrower than the others; bounded memory, every column right."""
+        monkeypatch.setattr(triton_dequant, "SLICE_BYTES", 48 * 300 * dtype.itemsize)
+        case = Case(9, 48, 640, group_size)
+        _, weight = parts(case)
+        grad = torch.randn(case.M, case.N).to(dtype)
+        w = values(weight).to(dtype)
+        check(triton_dequant.grad_input(grad, weight), grad.double() @ w.double(), dtype)
+
     @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0, 0)])
     def test_empty(shape):
         M, N = shape
@@ -223,6 +234,8 @@ else:
         for run in (triton_matmul, triton_dequant, triton_w4a8):
             assert run.linear(x, weight).shape == shape
         assert triton_dequant.dequantize(weight, BF16).shape == (N, 64)
+        grad = triton_dequant.grad_input(x.new_ones(shape), weight)
+        assert grad.shape == (M, 64) and (N or not grad.any())
 
     def test_reasons():
         """Why a kernel refuses is said; under the interpreter the CPU is accepted."""

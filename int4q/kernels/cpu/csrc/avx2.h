@@ -19,6 +19,12 @@ INLINE SIMD ints times_256(ints v) { return _mm256_slli_epi32(v, 8); }
 INLINE SIMD floats multiply(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE SIMD floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+INLINE SIMD floats least(floats a, floats b) { return _mm256_min_ps(a, b); }
+INLINE SIMD floats greatest(floats a, floats b) { return _mm256_max_ps(a, b); }
+INLINE SIMD floats where_less(floats a, floats b, floats x, floats y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+
 INLINE SIMD float sum_of(floats v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

@@ -15,6 +15,7 @@
 int avx512_has_outlier(const int4q_args *a, int64_t m, float bits);
 void avx512_turn_span(const int4q_args *a, const turned_x *t, int64_t m, int64_t span);
 void avx512_dequant_rows(const int4q_args *a, int64_t n0);
+void avx512_search_rows(const int4q_search_args *a, int64_t r0);
 
 #define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 

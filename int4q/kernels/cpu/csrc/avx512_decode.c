@@ -341,6 +341,6 @@ static TARGET_512 void decode_blocks(const int4q_args *a, const all_x *x, range 
 }
 
 const kernels_of avx512_kernels = {FEATURE_AVX512, avx512_has_outlier, avx512_turn_span,
-                                   decode_blocks, avx512_dequant_rows};
+                                   decode_blocks, avx512_dequant_rows, avx512_search_rows};
 
 #endif

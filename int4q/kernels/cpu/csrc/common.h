@@ -190,6 +190,7 @@ typedef struct {
                           const block_params *params);
     /* 16 rows from n0 on, or those that there are. */
     void (*dequant_rows)(const int4q_args *a, int64_t n0);
+    void (*search_rows)(const int4q_search_args *a, int64_t r0);
 } kernels_of;
 
 extern const kernels_of avx512_kernels, avx_vnni_kernels, avx2_kernels, dotprod_kernels,

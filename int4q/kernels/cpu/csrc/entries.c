@@ -18,7 +18,7 @@ void *aligned_new(int64_t bytes) {
 void aligned_free(void *memory) { free(memory); }
 
 /* The best instruction set that may be used; NULL where none may. */
-static const kernels_of *choose_kernels(const int4q_args *a) {
+static const kernels_of *choose_kernels(int64_t features) {
 #ifdef INT4Q_X86
     static const kernels_of *const best_first[] = {&avx512_kernels, &avx_vnni_kernels,
                                                    &avx2_kernels};
@@ -26,7 +26,7 @@ static const kernels_of *choose_kernels(const int4q_args *a) {
     static const kernels_of *const best_first[] = {&dotprod_kernels, &neon_kernels};
 #endif
     for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
-        if (has_feature(a, best_first[i]->feature)) return best_first[i];
+        if (features & int4q_cpu_features() & best_first[i]->feature) return best_first[i];
     return NULL;
 }
 
@@ -77,7 +77,7 @@ static void decode_part(const decode_job *job, int64_t part, int64_t parts) {
 }
 
 EXPORT int int4q_decode(const int4q_args *a) {
-    const kernels_of *kernels = choose_kernels(a);
+    const kernels_of *kernels = choose_kernels(a->features);
     const int form = kernels ? form_of_x(a, kernels) : 0;
     if (!form) return INT4Q_UNSUPPORTED;
     int out_of_range = 0;
@@ -113,7 +113,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
 }
 
 EXPORT int int4q_dequant(const int4q_args *a) {
-    const kernels_of *kernels = choose_kernels(a);
+    const kernels_of *kernels = choose_kernels(a->features);
     if (!kernels) return INT4Q_UNSUPPORTED;
     const int64_t blocks = ceil_div(a->N, ROWS);
     const int64_t threads = useful_threads(a, blocks, a->N * a->K / 2);
@@ -125,9 +125,23 @@ EXPORT int int4q_dequant(const int4q_args *a) {
     return INT4Q_OK;
 }
 
+EXPORT int int4q_search(const int4q_search_args *a) {
+    const kernels_of *kernels = choose_kernels(a->features);
+    if (!kernels) return INT4Q_UNSUPPORTED;
+    const int64_t blocks = ceil_div(a->rows, ROWS);
+    const int64_t threads = min64(a->threads, blocks);
+    PARALLEL(threads) {
+        const range mine = share(blocks, THREAD_INDEX, THREAD_COUNT);
+        for (int64_t block = mine.begin; block < mine.end; block++)
+            kernels->search_rows(a, block * ROWS);
+    }
+    return INT4Q_OK;
+}
+
 #else
 
 EXPORT int int4q_decode(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 EXPORT int int4q_dequant(const int4q_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
+EXPORT int int4q_search(const int4q_search_args *a) { return (void)a, INT4Q_UNSUPPORTED; }
 
 #endif

@@ -1,4 +1,4 @@
-/* int4 weight-only linear and dequantisation on CPUs: what the kernels offer.
+/* int4 weight-only linear, dequantisation and the search of scales on CPUs: what the kernels offer.
  *
  * Weights, logical [N, K], value[n, k] = q[n, k] * scale[g, n] + zero_point[g, n], g = k / group:
  *   qdata       int8 [N, K/2]; even k in the low nibble, odd k in the high one, signed q in -8..7
@@ -16,6 +16,7 @@
  *                hold (NaN, Inf, 2^121 and more) gave rows of NaN.
  * int4q_gemm     any M, x bf16: weights rounded once to bf16, float32 sums; AMX
  * int4q_dequant  rows of the weight as bf16, fp16 or fp32
+ * int4q_search   scales and zero points for a weight that is yet to be quantised
  *
  * Every function names its instruction set, so no file needs -march; without one that is known here
  * int4q_cpu_features() is 0 and the kernels return INT4Q_UNSUPPORTED. Kernels hold no global state;
@@ -61,11 +62,21 @@ typedef struct {
     int64_t features; /* those of int4q_cpu_features() that may be used */
 } int4q_args;
 
+/* The search of scales and zero points, all arrays contiguous; `search` in qparams.py says what. */
+typedef struct {
+    const float *w;      /* [rows, n_groups, group] */
+    const float *h;      /* [n_groups, group], what an error of an element weighs: positive */
+    const float *ratios; /* [n_ratios] */
+    float *scale, *zero; /* [rows, n_groups]; the scale is NaN where w is not finite */
+    int64_t rows, n_groups, group, n_ratios, refits, threads, features;
+} int4q_search_args;
+
 int int4q_cpu_features(void);
 int64_t int4q_args_bytes(void); /* for the caller to see that both sides mean the same arguments */
 int int4q_decode(const int4q_args *a);
 int int4q_gemm(const int4q_args *a);
 int int4q_dequant(const int4q_args *a);
+int int4q_search(const int4q_search_args *a);
 
 #ifdef __cplusplus
 }

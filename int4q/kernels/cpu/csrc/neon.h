@@ -18,6 +18,11 @@ INLINE SIMD ints add_ints(ints a, ints b) { return vaddq_s32(a, b); }
 INLINE SIMD ints times_256(ints v) { return vshlq_n_s32(v, 8); }
 INLINE SIMD floats multiply(floats a, floats b) { return vmulq_f32(a, b); }
 INLINE SIMD floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
+INLINE SIMD floats least(floats a, floats b) { return vminq_f32(a, b); }
+INLINE SIMD floats greatest(floats a, floats b) { return vmaxq_f32(a, b); }
+INLINE SIMD floats where_less(floats a, floats b, floats x, floats y) {
+    return vbslq_f32(vcltq_f32(a, b), x, y);
+}
 INLINE SIMD float sum_of(floats v) { return vaddvq_f32(v); }
 
 /* Entry `part`; they are `stride` floats apart. */

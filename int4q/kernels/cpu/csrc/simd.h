@@ -1,4 +1,4 @@
-/* Decode and dequantisation for instruction sets of 16- and 32-byte registers, written once.
+/* Decode, dequantisation and search for instruction sets of 16- and 32-byte registers, written once.
  *
  * A file that includes this has defined
  *   SIMD       the function attribute that names the instruction set
@@ -10,6 +10,7 @@
  *   dot_bytes             acc + sums over the four bytes of a lane, unsigned ones times x
  *   load_bytes16, store_bytes16, unpack_nibbles, look_up (a table of 16 bytes), interleave (low,
  *   high bytes of two registers), interleave_pairs (of 16 bits)
+ *   least, greatest, where_less (see simd_search.h)
  *   half_to_float, float_to_half, load_halves (8 of them as floats)
  *   KERNELS, FEATURE      the name of the table of functions, and what the CPU must have
  *
@@ -25,5 +26,7 @@ enum { PARTS = 16 / LANES, PART_BYTES = 4 * LANES }; /* of a unit's 64 bytes of 
 #include "simd_x.h"
 #include "simd_decode.h"
 #include "simd_dequant.h"
+#include "simd_search.h"
 
-const kernels_of KERNELS = {FEATURE, has_outlier, turn_span, decode_blocks, dequant_rows};
+const kernels_of KERNELS = {FEATURE, has_outlier, turn_span, decode_blocks, dequant_rows,
+                            search_rows};
