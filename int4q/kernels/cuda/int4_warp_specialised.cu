@@ -38,6 +38,7 @@
 //   SYMMETRIC    1: nibbles are offset binary (q + 8) and there are no zero points; `zero_point` is not read
 //   COLS         rows of x rounded up to 8
 //   WARPGROUPS, K_PARTS, SPLIT, STAGES (a multiple of K_PARTS)
+//   EARLY        stages (fewer than all) whose weights are asked for before x is there; x would have to queue behind more of them
 //   SCALE_SUMS, CHUNKS   (1 or 2) of 32 k that are multiplied at a time
 //   REGISTERS    of a thread at launch, a multiple of 8; with what is left over a block of arrange_activations fits beside this one
 
@@ -106,7 +107,7 @@ constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;           // `full` and `empty
 constexpr int COPYING = SCALE_BYTES_LOADED ? 40 : 24;
 constexpr int MULTIPLYING_ALL = ((WARPGROUPS + 1) * REGISTERS - COPYING) / WARPGROUPS / 8 * 8;
 constexpr int MULTIPLYING = MULTIPLYING_ALL < 240 ? MULTIPLYING_ALL : 240;
-static_assert(STAGES % K_PARTS == 0 && REGISTERS % 8 == 0, "see above");
+static_assert(STAGES % K_PARTS == 0 && EARLY < STAGES && REGISTERS % 8 == 0, "see above");
 
 // A nibble becomes a number by replacing low bits of a mantissa: of 128 in bfloat16, and of 64 in float16 (four bits further up).
 // Two's complement nibbles have their sign bit flipped on the way, which makes all of them q + 8: BASE + q.
@@ -362,18 +363,18 @@ __device__ __forceinline__ void copy_steps(const Params& p, const Maps& maps, co
     auto copy_x = [&](const Cursor& at, int stage) {
         copy_bytes(ring + stage * STAGE_BYTES + X_AT, p.scratch + (i64)at.step * X_BYTES, X_BYTES, full(ring, stage));
     };
-    const int total = work.end - work.begin, ahead = min(STAGES, total);
+    const int total = work.end - work.begin, early = min(EARLY, total);
     Cursor at(p, work), x_at = at;
     #pragma unroll 1
-    for (int i = 0; i < ahead; i++, at.advance(p, work)) copy_weights(at, i);
+    for (int i = 0; i < early; i++, at.advance(p, work)) copy_weights(at, i);
     // Weights do not depend on the kernel before this one; activations do.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     #pragma unroll 1
-    for (int i = 0; i < ahead; i++, x_at.advance(p, work)) copy_x(x_at, i);
-    int stage = 0;
-    u32 phase = 0;
+    for (int i = 0; i < early; i++, x_at.advance(p, work)) copy_x(x_at, i);
+    int stage = early;
+    u32 phase = 1;  // the first time round no stage is waited for
     #pragma unroll 1
-    for (int i = ahead; i < total; i++, at.advance(p, work)) {
+    for (int i = early; i < total; i++, at.advance(p, work)) {
         wait_at(empty(ring, stage), phase);
         copy_weights(at, stage);
         copy_x(at, stage);
@@ -639,24 +640,38 @@ __device__ __forceinline__ float2* sums_of(const Params& p, int block, bool bega
     return sums + ((i64)(2 * block + began_before) * WARPS + warp) * (UNITS * 32) + lane;
 }
 __device__ __forceinline__ void share_tile(const Params& p, const Place& place, const Work& work, int tile, const Rows& rows,
-                                           float (&sums)[SUMS]) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, start = tile * work.steps;
-    const int first = block_of(p, start), last = block_of(p, start + work.steps - 1), me = blockIdx.x;
-    float2* mine = sums_of(p, me, me == first, warp, lane);
-    #pragma unroll
-    for (int u = 0; u < UNITS; u++) __stcg(mine + u * 32, unit_of(sums, u));
+                                           const float (&sums)[SUMS]) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, start = tile * work.steps, me = blockIdx.x;
+    const int first = block_of(p, start), last = block_of(p, start + work.steps - 1);
+    int* counter = counters_of(p) + tile * WARPS + warp;
+    int others = 0;  // that have left their sums
+    // The first block comes to the tile at the end of its work, the others at the beginning of theirs: it is the last, most often.
+    if (me == first && lane == 0) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(others) : "l"(counter) : "memory");
+    if (__shfl_sync(~0u, others, 0) < last - first) {
+        float2* mine = sums_of(p, me, me == first, warp, lane);
+        #pragma unroll
+        for (int u = 0; u < UNITS; u++) __stcg(mine + u * 32, unit_of(sums, u));
+        __syncwarp();
+        if (lane == 0) asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(others) : "l"(counter) : "memory");
+        if (__shfl_sync(~0u, others, 0) < last - first) return;
+    }
     __syncwarp();
-    int arrived = 0;
-    if (lane == 0) asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(counters_of(p) + tile * WARPS + warp) : "memory");
-    if (__shfl_sync(~0u, arrived, 0) < last - first) return;
+    constexpr int at_once = UNITS > 8 ? UNITS / 2 : UNITS;  // are loaded before one is used
     #pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-        float2 sum = make_float2(0.f, 0.f);
+    for (int u = 0; u < UNITS; u += at_once) {
+        float2 total[at_once], part[at_once];
+        #pragma unroll
+        for (int i = 0; i < at_once; i++) total[i] = make_float2(0.f, 0.f);
+        #pragma unroll 1
         for (int block = first; block <= last; block++) {
-            const float2 part = __ldcg(sums_of(p, block, block == first, warp, lane) + u * 32);
-            sum.x += part.x, sum.y += part.y;
+            const float2* theirs = sums_of(p, block, block == first, warp, lane) + u * 32;
+            #pragma unroll
+            for (int i = 0; i < at_once; i++) part[i] = block == me ? unit_of(sums, u + i) : __ldcg(theirs + i * 32);
+            #pragma unroll
+            for (int i = 0; i < at_once; i++) total[i].x += part[i].x, total[i].y += part[i].y;
         }
-        store(p, place, rows, u, sum);
+        #pragma unroll
+        for (int i = 0; i < at_once; i++) store(p, place, rows, u + i, total[i]);
     }
 }
 #else

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from int4q.kernels.cuda.ring import STEP_K, Scales
-from int4q.kernels.cuda.warp_specialised_config import Config, choose_config
+from int4q.kernels.cuda.ring import Scales
+from int4q.kernels.cuda.warp_specialised_config import STEP_K, Config, choose_config
 from int4q.kernels.launch import nvrtc, tensor_map
 from int4q.kernels.launch.planner import (
     TYPE_CODES,
@@ -34,6 +34,8 @@ from int4q.kernels.launch.planner import (
 from int4q.kernels.registry import Problem
 
 MAX_M = 64
+_LOADING = 8
+"""Registers more at launch where threads of the block load scales: these need some themselves."""
 _HALVES = (torch.bfloat16, torch.float16)
 _SOURCE_FILE = Path(__file__).with_name("int4_warp_specialised.cu")
 
@@ -61,20 +63,22 @@ def source() -> str:
 def defines(parts: Parts, config: Config) -> dict[str, int]:
     """The kernel's compile-time parameters."""
     x, weight = parts.x, parts.weight
+    stages, loaded = config.stages(stage_bytes(parts, config)), _loaded_bytes(parts)
     return {
         "GROUP": weight.group_size,
         "X_TYPE": TYPE_CODES[x.dtype],
         "SCALE_TYPE": TYPE_CODES[weight.scale.dtype],
-        "SCALE_BYTES_LOADED": _loaded_bytes(parts),
+        "SCALE_BYTES_LOADED": loaded,
         "SYMMETRIC": int(weight.zero_point is None),
         "COLS": columns(x.shape[0]),
         "WARPGROUPS": config.warpgroups,
         "K_PARTS": config.k_parts,
         "SPLIT": config.split,
-        "STAGES": config.stages(stage_bytes(parts, config)),
+        "STAGES": stages,
+        "EARLY": min(config.early, stages - 1),
         "SCALE_SUMS": int(config.scale_sums),
         "CHUNKS": config.chunks,
-        "REGISTERS": config.registers,
+        "REGISTERS": config.launch_registers + (_LOADING if loaded else 0),
     }
 
 
@@ -86,8 +90,8 @@ def columns(M: int) -> int:
 def stage_bytes(parts: Parts, config: Config) -> int:
     """Of a stage of the ring."""
     weight = parts.weight
-    facts = weight.group_size, weight.scale.element_size(), weight.zero_point is None
-    return config.stage_bytes(columns(parts.x.shape[0]), *facts)
+    scale_bytes = weight.scale.element_size() * (1 if weight.zero_point is None else 2)
+    return config.stage_bytes(columns(parts.x.shape[0]), weight.group_size, scale_bytes)
 
 
 def _loaded_bytes(parts: Parts) -> int:
@@ -116,9 +120,8 @@ class _Product(Product):
         cut = config.cut(N, steps, sms)
         self.config = config
         self.fix(parts, *divmod(cut.tiles * steps, cut.blocks), row_unit=cut.tile_rows)
-        self.scratch_bytes = steps * config.x_bytes(cols, weight.group_size) + cut.shared_bytes(
-            config, steps, cols
-        )
+        self.scratch_bytes = steps * config.x_bytes(cols, weight.group_size)
+        self.scratch_bytes += config.shared_tile_bytes(cut, cols)
         module = nvrtc.load(source(), facts, self.index, "a")  # wgmma is in sm_90a only
         # A warp for 8 rows and 128 k.
         self.launch(module, "arrange_activations", -(-steps * cols // 16), 128)

@@ -61,17 +61,16 @@ def test_matches_reference(case):
     WARP_SPECIALISED.run(case)
 
 
-SHAPES = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 1, 1), (2, 2, 1), (4, 4, 1)]
-"""Warpgroups, parts of K, blocks of a cluster."""
-SHAPES += [(1, 1, 2), (2, 2, 2), (4, 2, 2), (1, 1, 4), (2, 1, 8)]
-REGISTERS = {1: 160, 2: 128, 3: 112, 4: 96}
+SHAPES = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 1, 1), (1, 1, 1, True), (3, 1, 1, True)]
+"""Warpgroups, parts of K, blocks of a cluster, even shares."""
+SHAPES += [(2, 2, 1), (4, 4, 1), (1, 1, 2), (2, 2, 2), (4, 2, 2), (1, 1, 4), (2, 1, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale_sums,chunks", [(False, 1), (False, 2), (True, 1), (True, 2)])
 @pytest.mark.parametrize("coalesced", BOTH)
 def test_every_way_to_cut_the_work(shape, scale_sums, chunks, coalesced):
-    config = Config(*shape, scale_sums, chunks, REGISTERS[shape[0]])
+    config = Config(*shape, scale_sums=scale_sums, chunks=chunks)
     for group_size, K in ((32, 1312), (64, 64), (128, 1280), (256, 2560)):
         for M in (5, 16) if scale_sums or chunks == 2 else (5, 16, 64):
             extras = group_size == 128
@@ -83,7 +82,7 @@ def test_every_way_to_cut_the_work(shape, scale_sums, chunks, coalesced):
 @pytest.mark.parametrize("N", [8, 333, 2056])
 def test_tiles_of_any_height(tile_rows, N):
     for shape in ((1, 1, 1), (1, 1, 2), (2, 2, 1)):
-        config = Config(*shape, registers=128, tile_rows=tile_rows)
+        config = Config(*shape, tile_rows=tile_rows)
         WARP_SPECIALISED.run(Case(24, N, 1536, 32), config)
 
 
@@ -91,9 +90,10 @@ def test_blocks_that_take_many_tiles_and_parts_of_them():
     """Every way in which a block's share of the steps can lie on the tiles."""
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     for blocks in (1, 2, 3, 7, 50):
-        config = Config(1, registers=160, scale_sums=blocks % 2 == 1, spare=sms - blocks)
-        for K in (256, 288, 1280, 4096):
-            WARP_SPECIALISED.run(Case(12, 650, K, 32), config)
+        for even in BOTH:
+            config = Config(1, even=even, scale_sums=blocks % 2 == 1, spare=sms - blocks)
+            for K in (256, 288, 1280, 4096):
+                WARP_SPECIALISED.run(Case(12, 650, K, 32), config)
 
 
 @pytest.mark.parametrize("scale_sums", BOTH)
@@ -103,13 +103,13 @@ def test_large_activations_that_cancel(scale_sums):
     x = parts.x.float()
     for other in (x + 8, x * (1 + 1e4 * (torch.rand_like(x) < 0.01))):
         parts = parts._replace(x=other.bfloat16())
-        config = Config(scale_sums=scale_sums, chunks=1)
+        config = Config(scale_sums=scale_sums)
         WARP_SPECIALISED.check(linear(*parts, config=config), parts, config=config)
 
 
 @pytest.mark.parametrize("case", [Case(16, 4096, 4096), Case(64, 5376, 21504, 32)], ids=str)
 def test_the_same_bits_every_time(case):
-    for config in (None, Config(), Config(2, 2, 2, registers=128)):
+    for config in (None, Config(), Config(even=True), Config(2, 2, 2)):
         parts = inputs(replace(case, extras=True))
         first = linear(*parts, config=config)
         assert all(torch.equal(linear(*parts, config=config), first) for _ in range(60))
