@@ -166,15 +166,8 @@ __device__ __forceinline__ float sum_of(const u32 (&v)[4]) {
     for (int i = 0; i < 4; i++) sum += to_float(v[i] & 0xffffu, X_TYPE) + to_float(v[i] >> 16, X_TYPE);
     return sum;
 }
-// Grid: a warp for 8 rows and 128 k. (32 registers a thread, so that a block fits beside one of the product before.)
-extern "C" __global__ void __launch_bounds__(128, 16) arrange_activations(const __grid_constant__ Params p) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int thread = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x & 31, t = lane & 3;
-    if (STREAM)
-        for (int i = thread; i < tiles_of(p) * WARPS; i += gridDim.x * blockDim.x) counters_of(p)[i] = 0;
-    const int unit = thread >> 5, half = unit / (COLS / 8), m = unit % (COLS / 8) * 8 + (lane >> 2);
-    if (half * 128 >= steps_of(p) * STEP_K) return;
+// 32 k of a row each thread, 128 a warp.
+__device__ __forceinline__ void arrange_half_step(const Params& p, int half, int m, int t) {
     uint4 loaded[4];
     #pragma unroll
     for (int c = 0; c < 4; c++) loaded[c] = load_octet(p, m, half * 128 + c * 32 + t * 8);
@@ -198,6 +191,16 @@ extern "C" __global__ void __launch_bounds__(128, 16) arrange_activations(const 
             total = 0.f;
         }
     }
+}
+// Grid: a warp for 8 rows and 128 k. (32 registers a thread, so that a block fits beside one of the product before.)
+extern "C" __global__ void __launch_bounds__(128, 16) arrange_activations(const __grid_constant__ Params p) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x & 31, unit = thread >> 5;
+    const int half = unit / (COLS / 8), m = unit % (COLS / 8) * 8 + (lane >> 2);
+    if (half < 2 * steps_of(p)) arrange_half_step(p, half, m, lane & 3);
+    if (STREAM)
+        for (int i = thread; i < tiles_of(p) * WARPS; i += gridDim.x * blockDim.x) counters_of(p)[i] = 0;
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -350,7 +353,8 @@ struct Cursor {  // over the list of steps
         if (++step == work.steps) step = 0, row += p.tile_rows;
     }
 };
-__device__ __forceinline__ void copy_steps(const Params& p, const Maps& maps, const Work& work, u32 ring) {
+__device__ __forceinline__ void copy_steps(const Params& p, const Maps& maps, u32 ring) {
+    const Work work = work_of(p);
     auto copy_weights = [&](const Cursor& at, int stage) {
         const u32 to = ring + stage * STAGE_BYTES, barrier = full(ring, stage);
         expect(barrier, p.tile_rows * 128 + X_BYTES + (SCALE_BYTES_LOADED ? 0 : TENSORS * SCALES_BYTES));
@@ -409,7 +413,8 @@ __device__ __forceinline__ void store_piece(const u32 (&piece)[LOADED], u32 to) 
         else asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"((u16)piece[i]) : "memory");
     }
 }
-__device__ __forceinline__ void load_scales(const Params& p, const Work& work, u32 ring, int thread) {
+__device__ __forceinline__ void load_scales(const Params& p, u32 ring, int thread) {
+    const Work work = work_of(p);
     const int groups = p.K / GROUP;
     Cursor at(p, work);
     int stage = 0;
@@ -708,7 +713,8 @@ __device__ __forceinline__ void share_columns(const Params& p, const Place& plac
 #endif
 
 // Steps `part`, `part` + K_PARTS, .. of the block's.
-__device__ __forceinline__ void multiply_steps(const Params& p, const Work& work, u32 ring) {
+__device__ __forceinline__ void multiply_steps(const Params& p, u32 ring) {
+    const Work work = work_of(p);
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
     const Place place = place_of(ring, warp, lane);
     Sums v;
@@ -723,22 +729,20 @@ __device__ __forceinline__ void multiply_steps(const Params& p, const Work& work
     int begin = work.begin;
     do {  // (once, even for the block of a cluster that has no step)
         const int tile = begin / work.steps, end = min(work.end, (tile + 1) * work.steps);
-        const Rows rows = rows_of(p, place, tile);
         #pragma unroll
         for (int i = 0; i < SUMS; i++) v.all[i] = 0.f;
-        int held = -1;  // a stage that this warp has not released yet
-        auto release = [&]() {
-            if (held >= 0 && lane == 0) arrive(empty(ring, held));
+        auto release_last = [&]() {
+            if (lane == 0) arrive(empty(ring, stage == 0 ? STAGES - 1 : stage - 1));
         };
         for (int s = begin + place.part; s < end; s += K_PARTS) {
             wait_at(full(ring, stage), phase);
-            multiply_step(v, place, ring, stage * STAGE_BYTES, release);
-            held = stage;
+            multiply_step(v, place, ring, stage * STAGE_BYTES, [&]() {
+                if (!RELEASE_AT_ONCE && s > begin) release_last();
+            });
             if (RELEASE_AT_ONCE) {
                 wait_for_multiplies<0>();
                 __syncwarp();
-                release();
-                held = -1;
+                if (lane == 0) arrive(empty(ring, stage));
             }
             stage += K_PARTS;
             if (stage >= STAGES) stage -= STAGES, phase ^= 1;
@@ -748,7 +752,8 @@ __device__ __forceinline__ void multiply_steps(const Params& p, const Work& work
         hold(v.operands[1]);
         hold(v.all);
         __syncwarp();
-        release();
+        if (!RELEASE_AT_ONCE && begin < end) release_last();
+        const Rows rows = rows_of(p, place, tile);
 #if SPLIT * K_PARTS > 1
         share_columns(p, place, ring, rows, v.all);
 #else
@@ -769,7 +774,6 @@ int4_warp_specialised(const __grid_constant__ Params p, const __grid_constant__ 
     extern __shared__ __align__(1024) char shared[];
     const u32 ring = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
-    const Work work = work_of(p);
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
         #pragma unroll
@@ -782,15 +786,15 @@ int4_warp_specialised(const __grid_constant__ Params p, const __grid_constant__ 
     __syncthreads();
     if (warp < WARPS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING));
-        multiply_steps(p, work, ring);
+        multiply_steps(p, ring);
         return;
     }
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING));
     if (warp == WARPS) {
-        if (threadIdx.x % 32 == 0) copy_steps(p, maps, work, ring);
+        if (threadIdx.x % 32 == 0) copy_steps(p, maps, ring);
     }
 #if SCALE_BYTES_LOADED
-    else load_scales(p, work, ring, threadIdx.x - 32 * (WARPS + 1));
+    else load_scales(p, ring, threadIdx.x - 32 * (WARPS + 1));
 #endif
     if (SPLIT > 1) {  // as those that multiply do
         __syncwarp();

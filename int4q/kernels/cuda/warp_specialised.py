@@ -34,8 +34,6 @@ from int4q.kernels.launch.planner import (
 from int4q.kernels.registry import Problem
 
 MAX_M = 64
-_LOADING = 8
-"""Registers more at launch where threads of the block load scales: these need some themselves."""
 _HALVES = (torch.bfloat16, torch.float16)
 _SOURCE_FILE = Path(__file__).with_name("int4_warp_specialised.cu")
 
@@ -78,7 +76,7 @@ def defines(parts: Parts, config: Config) -> dict[str, int]:
         "EARLY": min(config.early, stages - 1),
         "SCALE_SUMS": int(config.scale_sums),
         "CHUNKS": config.chunks,
-        "REGISTERS": config.launch_registers + (_LOADING if loaded else 0),
+        "REGISTERS": config.launch_registers,
     }
 
 

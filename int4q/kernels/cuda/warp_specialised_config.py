@@ -11,7 +11,7 @@ STEP_K = 256
 """k that a block multiplies at a time (one stage of its ring)."""
 _MOST_SHARED = 232448  # bytes of a block, on compute capability 9.0
 _ALONE = 120000  # with so many a block is alone on its multiprocessor
-_REGISTERS = {1: 160, 2: 128, 3: 112, 4: 88}
+_REGISTERS = {1: 160, 2: 128, 3: 112, 4: 96}
 """Of a thread at launch, by warpgroups: what the kernel in front needs to fit beside it is left."""
 
 _SCALE_SUMS_TO = {32: 8, 64: 16, 128: 32, 256: 32}
@@ -142,6 +142,4 @@ def choose_config(
         return Config(2, scale_sums=scale_sums, chunks=2)
     if rows <= 192:
         return Config(3, scale_sums=scale_sums, chunks=2)
-    if scale_sums and M > 16:
-        return Config(4, scale_sums=True, registers=96)
-    return Config(4, scale_sums=scale_sums, chunks=2 if scale_sums else 1)
+    return Config(4, scale_sums=scale_sums, chunks=2 if scale_sums and M <= 16 else 1)
