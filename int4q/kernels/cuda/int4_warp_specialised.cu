@@ -104,7 +104,7 @@ constexpr int STAGE_BYTES = (SCALES_AT + TENSORS * SCALES_BYTES + 1023) / 1024 *
 constexpr int BARRIERS_AT = STAGES * STAGE_BYTES;           // `full` and `empty` of each stage
 
 // Registers: setmaxnreg waits for ever if there are not so many, so what the consumers get is what the launch had, less COPYING.
-constexpr int COPYING = SCALE_BYTES_LOADED ? 40 : 24;
+constexpr int COPYING = SCALE_BYTES_LOADED ? 32 : 24;
 constexpr int MULTIPLYING_ALL = ((WARPGROUPS + 1) * REGISTERS - COPYING) / WARPGROUPS / 8 * 8;
 constexpr int MULTIPLYING = MULTIPLYING_ALL < 240 ? MULTIPLYING_ALL : 240;
 static_assert(STAGES % K_PARTS == 0 && EARLY < STAGES && REGISTERS % 8 == 0, "see above");
@@ -185,11 +185,10 @@ __device__ __forceinline__ void arrange_half_step(const Params& p, int half, int
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         total += sum;
-        const int last = (half & 1) * 128 + c * 32 + 32;  // k of the step up to which `total` reaches
-        if (last % PART_K == 0) {
-            if (t == 0) ((float*)(step + X_SUMS_AT))[(last / PART_K - 1) * COLS + m] = total;
-            total = 0.f;
-        }
+        if ((c + 1) * 32 % PART_K) continue;
+        const int part = (half & 1) * 128 / PART_K + c * 32 / PART_K;
+        if (t == 0) ((float*)(step + X_SUMS_AT))[part * COLS + m] = total;
+        total = 0.f;
     }
 }
 // Grid: a warp for 8 rows and 128 k. (32 registers a thread, so that a block fits beside one of the product before.)
@@ -198,9 +197,9 @@ extern "C" __global__ void __launch_bounds__(128, 16) arrange_activations(const 
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int thread = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x & 31, unit = thread >> 5;
     const int half = unit / (COLS / 8), m = unit % (COLS / 8) * 8 + (lane >> 2);
-    if (half < 2 * steps_of(p)) arrange_half_step(p, half, m, lane & 3);
     if (STREAM)
         for (int i = thread; i < tiles_of(p) * WARPS; i += gridDim.x * blockDim.x) counters_of(p)[i] = 0;
+    if (half < 2 * steps_of(p)) arrange_half_step(p, half, m, lane & 3);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -639,21 +638,22 @@ __device__ __forceinline__ void store_all(const Params& p, const Place& place, c
 #if SPLIT * K_PARTS == 1
 // A tile that several blocks share: each warp leaves its sums in memory, and the last one adds up and stores. A block leaves at
 // most two such sums; of a tile's blocks only the first began at or before the tile.
-__device__ __forceinline__ float2* sums_of(const Params& p, int block, bool began_before, int warp, int lane) {
-    const i64 counters = (i64)(tiles_of(p) * WARPS + 63) / 64 * 64;
-    float2* sums = (float2*)(counters_of(p) + counters);
+__device__ __forceinline__ float2* sums_of(const Params& p, int* counters, int block, bool began_before, int warp, int lane) {
+    float2* sums = (float2*)(counters + (tiles_of(p) * WARPS + 63) / 64 * 64);
     return sums + ((i64)(2 * block + began_before) * WARPS + warp) * (UNITS * 32) + lane;
 }
 __device__ __forceinline__ void share_tile(const Params& p, const Place& place, const Work& work, int tile, const Rows& rows,
                                            const float (&sums)[SUMS]) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, start = tile * work.steps, me = blockIdx.x;
-    const int first = block_of(p, start), last = block_of(p, start + work.steps - 1);
-    int* counter = counters_of(p) + tile * WARPS + warp;
+    const int start = tile * work.steps, first = block_of(p, start), last = block_of(p, start + work.steps - 1), me = blockIdx.x;
+    int thread, *counters = counters_of(p);
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread), "+l"(counters));  // here, not before the steps, which need the registers
+    const int warp = thread >> 5, lane = thread & 31;
+    int* counter = counters + tile * WARPS + warp;
     int others = 0;  // that have left their sums
     // The first block comes to the tile at the end of its work, the others at the beginning of theirs: it is the last, most often.
     if (me == first && lane == 0) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(others) : "l"(counter) : "memory");
     if (__shfl_sync(~0u, others, 0) < last - first) {
-        float2* mine = sums_of(p, me, me == first, warp, lane);
+        float2* mine = sums_of(p, counters, me, me == first, warp, lane);
         #pragma unroll
         for (int u = 0; u < UNITS; u++) __stcg(mine + u * 32, unit_of(sums, u));
         __syncwarp();
@@ -669,7 +669,7 @@ __device__ __forceinline__ void share_tile(const Params& p, const Place& place, 
         for (int i = 0; i < at_once; i++) total[i] = make_float2(0.f, 0.f);
         #pragma unroll 1
         for (int block = first; block <= last; block++) {
-            const float2* theirs = sums_of(p, block, block == first, warp, lane) + u * 32;
+            const float2* theirs = sums_of(p, counters, block, block == first, warp, lane) + u * 32;
             #pragma unroll
             for (int i = 0; i < at_once; i++) part[i] = block == me ? unit_of(sums, u + i) : __ldcg(theirs + i * 32);
             #pragma unroll
