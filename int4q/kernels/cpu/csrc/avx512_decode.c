@@ -88,7 +88,8 @@ typedef struct {
     __mmask16 tail_mask; /* dwords of the last, shorter unit */
     int unit_shift;      /* log2 of the units in a group */
     int64_t prefetch;    /* from a byte to the one that is needed some rows later */
-    __m512 q;  /* of each nibble */
+    __m512 q;            /* of each nibble */
+    __m512i q_bf16;      /* likewise, twice */
     char flip; /* what turns a byte of nibbles into offset binary */
 } weight_rows;
 
@@ -172,6 +173,35 @@ INLINE TARGET_BF16 void bf16_unit(const weight_rows *w, const uint8_t *const row
             rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[2], x_row[2]);
             rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[3], x_row[3]);
             acc[r * M + m] = M == 1 ? _mm512_add_ps(sum, rest) : rest;
+        }
+    }
+}
+
+/* Weights as they are: q is a bf16, and its products with one are exact in float. A unit's sum meets
+ * its scale, so that each m takes one instruction more than in bf16_unit, and each row no tables. */
+INLINE TARGET_BF16 void exact_unit(const weight_rows *w, const uint8_t *const row[], int first,
+                                   int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
+                                   const int M, const int R, const int form, const int quads) {
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        const uint8_t *at = row[r] + unit * 64;
+        const __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
+        const __m512 scale = row_scale(w->scales, quads, unit, first + r, w->unit_shift);
+        __m512i weight[4];
+        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
+        UNROLL
+        for (int j = 0; j < 4; j++)
+            weight[j] = 
+                _mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4 * j), w->q_bf16);
+        UNROLL
+        for (int m = 0; m < M; m++) {
+            const __m512i *from = (const __m512i *)(x + m * unit_bytes(form));
+            __m512 sum = _mm512_setzero_ps();
+            UNROLL
+            for (int j = 0; j < 4; j++)
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)weight[j],
+                                       (__m512bh)_mm512_load_si512(from + j));
+            acc[r * M + m] = _mm512_fmadd_ps(sum, scale, acc[r * M + m]);
         }
     }
 }
@@ -268,6 +298,7 @@ typedef void (*block_fn)(const weight_rows *, const turned_x *, __m512 *sums, __
     DEFINE_BLOCK(TARGET_512, X_INT16, limbs_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_512, X_INT24, limbs_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_BF16, X_BF16, bf16_unit, M, R, quads)   \
+    DEFINE_BLOCK(TARGET_BF16, X_BF16_EXACT, exact_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_512, X_FLOAT, float_unit, M, R, quads)
 #define DEFINE_BLOCKS(M, R)   \
     DEFINE_BLOCKS_OF(M, R, 0) \
@@ -285,7 +316,7 @@ static block_fn choose_block(int64_t M, int form, int quads) {
 #define OF_FORM(form, M) {block_##form##_##M##_0, block_##form##_##M##_1}
 #define OF_M(M)                                                                          \
     {OF_FORM(X_INT8, M), OF_FORM(X_INT16, M), OF_FORM(X_INT24, M), OF_FORM(X_BF16, M), \
-     OF_FORM(X_FLOAT, M)}
+     OF_FORM(X_FLOAT, M), OF_FORM(X_BF16_EXACT, M)}
     static const block_fn table[MAX_CHUNK_M][FORMS][2] = {OF_M(1), OF_M(2), OF_M(3), OF_M(4),
                                                           OF_M(5), OF_M(6), OF_M(7), OF_M(8)};
     return table[M - 1][form - 1][quads];
@@ -304,6 +335,10 @@ INLINE TARGET_512 void finish_block(const int4q_args *a, const turned_x *t, cons
     }
 }
 
+INLINE TARGET_512 __m512i twice(__m256i half) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+}
+
 /* A block meets one chunk of x after the other while its weights are in cache. */
 static TARGET_512 void decode_blocks(const int4q_args *a, const all_x *x, range blocks,
                                       const block_params *params) {
@@ -314,6 +349,7 @@ static TARGET_512 void decode_blocks(const int4q_args *a, const all_x *x, range 
                      .unit_shift = a->group > UNIT_K,
                      .prefetch = 4 * a->q_stride,
                      .q = q_of_nibbles(a->offset_binary),
+                     .q_bf16 = twice(float_to_bf16(q_of_nibbles(a->offset_binary))),
                      .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
