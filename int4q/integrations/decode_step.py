@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"} | 
 weights whose parts are buffers too."""
 
 _CAPTURE = threading.Lock()  # torch waits for the device before it captures, which ends another's
+_ATTENTION = threading.Lock()
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Step]] = weakref.WeakKeyDictionary()
 
 
@@ -115,6 +116,7 @@ class Step:
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self._call = _compiled() if is_compiled else _logits
+        self._is_compiled, self._is_checked = is_compiled, False
 
     def prefill(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """The prompt's forward; returns the logits ``[B, V]`` after its last token."""
@@ -133,6 +135,7 @@ class Step:
 
     def _start(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """Fill the buffers, which are made by the first prompt."""
+        self._is_checked = False
         if self.ids is None:
             self.ids = torch.empty_like(input_ids[:, -1:])
             self.mask = None if mask is None else mask.new_empty(len(mask), self.length)
@@ -143,19 +146,44 @@ class Step:
             self.positions.copy_(positions[..., -1:] + 1)
 
     def _forward(self, model: Any) -> Tensor:
-        inputs = model.prepare_inputs_for_generation(
-            self.ids,
-            past_key_values=self.cache,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            use_cache=True,
-        )
-        # transformers multiplies few tokens by its experts in another way than a prompt.
-        with getattr(model, "_optimize_model_for_decode", nullcontext)():
-            logits = self._call(model, inputs)
+        with attention_by_products(model) if self.ids.is_cpu else nullcontext():
+            inputs = model.prepare_inputs_for_generation(
+                self.ids,
+                past_key_values=self.cache,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                use_cache=True,
+            )
+            # transformers multiplies few tokens by its experts in another way than a prompt.
+            with getattr(model, "_optimize_model_for_decode", nullcontext)(), self._guards():
+                logits = self._call(model, inputs)
         if self.positions is not None:
             self.positions += 1
         return logits
+
+    def _guards(self) -> Any:
+        """A compiled forward is checked against the model once a prompt: nothing changes later."""
+        if not self._is_compiled or not self._is_checked:
+            self._is_checked = True
+            return nullcontext()
+        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+
+
+@contextmanager
+def attention_by_products(model: Any) -> Iterator[None]:
+    """Within, transformers' plain attention in place of torch's fused one.
+
+    On a CPU that one is made for prompts: for a single token it takes up to ten times as long in
+    bfloat16 as two products and a softmax do.
+    """
+    config = model.config.get_text_config(decoder=True)
+    with _ATTENTION:  # one model's threads take turns, so that each puts back what it met
+        before = config._attn_implementation
+        config._attn_implementation = "eager" if before == "sdpa" else before
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:

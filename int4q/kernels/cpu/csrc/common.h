@@ -141,7 +141,7 @@ INLINE turned_x chunk_of(const all_x *x, int64_t chunk) {
 /* Parameters of blocks of 16 rows, float: as an instruction set's products want the scales (no more
  * than scale_size of a block), zero points as [G][16 rows]. They are converted for a batch of blocks
  * at a time, because the entries of another g may lie in another page. */
-enum { MAX_BLOCKS = 16 };
+enum { MAX_BLOCKS = 4 };
 
 typedef struct {
     int64_t scale_size, zero_size; /* floats of a block */
