@@ -11,7 +11,7 @@ import torch
 
 import int4q
 from int4q import GraphFallbackWarning, Int4WeightOnlyConfig, cuda_graph_generate, quantize_
-from int4q.integrations import decode_step, generation
+from int4q.integrations import decode_attention, decode_step, generation
 from int4q.integrations.decode_step import CapturedGraph, Eager, Step, static_cache
 
 transformers = pytest.importorskip("transformers")
@@ -179,17 +179,28 @@ def test_the_loop_on_a_cpu():
     assert len(decode_step._STEPS[m]) == len(kept) + 1
 
 
-def test_attention_by_products():
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_of_one_token(heads):
+    query, key, value = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, heads, 5, 8)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]]).bool().view(2, 1, 1, 5)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.5, enable_gqa=True
+    )
+    got, _ = decode_attention.attention(None, query, key, value, mask, 0.5)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+def test_attention_is_put_back():
     m, seen = model(), []
     assert m.config._attn_implementation == "sdpa"
-    with decode_step.attention_by_products(m):
+    with decode_attention.attention_of_one_token(m):
         seen.append(m.config._attn_implementation)
-    with pytest.raises(KeyError), decode_step.attention_by_products(m):
+    with pytest.raises(KeyError), decode_attention.attention_of_one_token(m):
         raise KeyError
-    assert seen == ["eager"] and m.config._attn_implementation == "sdpa"
-    m.set_attn_implementation("flex_attention")  # a choice of the user's own
-    with decode_step.attention_by_products(m):
-        assert m.config._attn_implementation == "flex_attention"
+    assert seen == [decode_attention.NAME] and m.config._attn_implementation == "sdpa"
+    m.set_attn_implementation("eager")  # a choice of the user's own
+    with decode_attention.attention_of_one_token(m):
+        assert m.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow
@@ -200,6 +211,10 @@ def test_compiled_on_a_cpu():
         expected = own(m, ids, **kwargs)
         for _ in range(2):
             assert torch.equal(generate(m, ids, **kwargs, **asked), expected)
+    left = weakref.ref(m)
+    del m
+    gc.collect()
+    assert left() is None
 
 
 def unsuited(m, ids=None, **kwargs):

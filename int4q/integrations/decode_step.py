@@ -6,16 +6,17 @@ What follows a model around from one call of ``generate`` to the next is here; t
 
 from __future__ import annotations
 
-import functools
 import threading
+import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from int4q.integrations.decode_attention import attention_of_one_token
 from int4q.prepare.modules import HELD
 
 KEPT = 4
@@ -27,7 +28,6 @@ _NO_FACT = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers"} | 
 weights whose parts are buffers too."""
 
 _CAPTURE = threading.Lock()  # torch waits for the device before it captures, which ends another's
-_ATTENTION = threading.Lock()
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Step]] = weakref.WeakKeyDictionary()
 
 
@@ -116,7 +116,6 @@ class Step:
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self._call = _compiled() if is_compiled else _logits
-        self._is_compiled, self._is_checked = is_compiled, False
 
     def prefill(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """The prompt's forward; returns the logits ``[B, V]`` after its last token."""
@@ -135,7 +134,6 @@ class Step:
 
     def _start(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """Fill the buffers, which are made by the first prompt."""
-        self._is_checked = False
         if self.ids is None:
             self.ids = torch.empty_like(input_ids[:, -1:])
             self.mask = None if mask is None else mask.new_empty(len(mask), self.length)
@@ -146,7 +144,7 @@ class Step:
             self.positions.copy_(positions[..., -1:] + 1)
 
     def _forward(self, model: Any) -> Tensor:
-        with attention_by_products(model) if self.ids.is_cpu else nullcontext():
+        with attention_of_one_token(model) if self.ids.is_cpu else nullcontext():
             inputs = model.prepare_inputs_for_generation(
                 self.ids,
                 past_key_values=self.cache,
@@ -155,35 +153,11 @@ class Step:
                 use_cache=True,
             )
             # transformers multiplies few tokens by its experts in another way than a prompt.
-            with getattr(model, "_optimize_model_for_decode", nullcontext)(), self._guards():
+            with getattr(model, "_optimize_model_for_decode", nullcontext)():
                 logits = self._call(model, inputs)
         if self.positions is not None:
             self.positions += 1
         return logits
-
-    def _guards(self) -> Any:
-        """A compiled forward is checked against the model once a prompt: nothing changes later."""
-        if not self._is_compiled or not self._is_checked:
-            self._is_checked = True
-            return nullcontext()
-        return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
-
-
-@contextmanager
-def attention_by_products(model: Any) -> Iterator[None]:
-    """Within, transformers' plain attention in place of torch's fused one.
-
-    On a CPU that one is made for prompts: for a single token it takes up to ten times as long in
-    bfloat16 as two products and a softmax do.
-    """
-    config = model.config.get_text_config(decoder=True)
-    with _ATTENTION:  # one model's threads take turns, so that each puts back what it met
-        before = config._attn_implementation
-        config._attn_implementation = "eager" if before == "sdpa" else before
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -191,9 +165,15 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return logits[:, -1]
 
 
-@functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_logits, dynamic=False)
+    """:func:`_logits` compiled for one step alone, and not checked against the model at each token.
+
+    A step is kept under all that the guards of a graph would look at (:func:`state_of`); looking
+    takes as long as some layers do. Graphs belong to a function's code, so each has its own.
+    """
+    own = types.FunctionType(_logits.__code__.replace(), globals())
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False}
+    return torch.compile(own, dynamic=False, options=options)
 
 
 # --- kept from one call to the next ---------------------------------------------------------------
