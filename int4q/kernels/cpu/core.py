@@ -69,7 +69,8 @@ def linear(
         ``[.., N]`` in ``x.dtype``.
     """
     limits = native.decode_max_m(x.dtype), native.TILES_MIN_M
-    return _OP(x, *weight, bias, act_pre_scale, rounded, *limits)
+    y: Tensor = _OP._op(x, *weight, bias, act_pre_scale, rounded, *limits)  # (less a frame)
+    return y
 
 
 def _cpu_linear(

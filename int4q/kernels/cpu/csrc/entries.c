@@ -54,6 +54,8 @@ static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
     return bf16_products ? X_BF16 : X_FLOAT;
 }
 
+enum { SMALL_BYTES = 8 << 10 }; /* what a decode takes from the stack */
+
 /* What the threads of a decode share. */
 typedef struct {
     const int4q_args *a;
@@ -99,7 +101,9 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
     const int64_t batch = min64(blocks_of_batch(block_size), ceil_div(blocks, threads));
     const int64_t params_size = batch * block_size;
-    uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
+    const int64_t size = units_size + sums_size + threads * params_size * 4;
+    uint8_t small[SMALL_BYTES] __attribute__((aligned(CACHE_LINE)));
+    uint8_t *memory = size <= SMALL_BYTES ? small : aligned_new(size);
     if (!memory) return INT4Q_NO_MEMORY;
     t->units_x = memory;
     t->group_sum = (float *)(memory + units_size);
@@ -111,7 +115,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
     } else {
         PARALLEL(threads) decode_part(&job, THREAD_INDEX, THREAD_COUNT);
     }
-    aligned_free(memory);
+    if (memory != small) aligned_free(memory);
     return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
 }
 
