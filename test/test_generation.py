@@ -442,6 +442,7 @@ def test_a_failed_capture_is_named_and_the_tokens_are_right():
     with pytest.warns(GraphFallbackWarning, match="no CUDA graph: .*captur"):
         got = generate(m, ids, custom_generate=cuda_graph_generate)
     assert torch.equal(got, expected)
+    assert torch.randn(8, device="cuda").isfinite().all()  # random numbers go on
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraphFallbackWarning)
         assert torch.equal(generate(m, ids, custom_generate=cuda_graph_generate), expected)

@@ -63,16 +63,22 @@ class CapturedGraph:
             self._is_warm = True
             return forward()
         if self._graph is None:
-            graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
             try:
-                with _CAPTURE, torch.cuda.graph(graph, None, own, "thread_local"):
-                    self._output = forward()
+                self._graph, self._output = _captured(forward)
             except RuntimeError as error:
                 self.reason = str(error).split("\n")[0]
+                # torch's random numbers stay those of a capture until one ends well.
+                _captured(lambda: torch.zeros(1, device="cuda"))
                 return forward()
-            self._graph = graph
         self._graph.replay()
         return self._output
+
+
+def _captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
+    with _CAPTURE, torch.cuda.graph(graph, None, own, "thread_local"):
+        output = forward()
+    return graph, output
 
 
 # --- the step -------------------------------------------------------------------------------------
