@@ -31,7 +31,8 @@ def takes(groups: Tensor, importance: Tensor) -> bool:
     both = groups, importance
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in both)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in both)
-    fits = groups.shape[max(0, groups.ndim - importance.ndim) :] == importance.shape
+    last = importance.ndim
+    fits = 0 < last <= groups.ndim and groups.shape[-last:] == importance.shape
     if not plain or gradient or not fits or groups.shape[-1] > MAX_GROUP_SIZE:
         return False
     lib, _ = native.load()

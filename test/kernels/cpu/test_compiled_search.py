@@ -91,7 +91,8 @@ def test_what_it_takes(monkeypatch):
     w, h = make(4, 2, 32)
     assert search.takes(w, h) and search.takes(w, h[0])
     refused = [
-        (w.double(), h), (w, h.double()), (w.to("meta"), h), (w, h[:1]), (w, h[:, :1]),
+        (w.double(), h), (w, h.double()), (w.to("meta"), h),
+        (w, h[:1]), (w, h[:, :1]), (w, h[0, 0]),
         (w, h.expand(1, 4, 2, 32).mT), (w.requires_grad_(), h),
         (torch.ones(2, 512), torch.ones(512)),
     ]  # fmt: skip

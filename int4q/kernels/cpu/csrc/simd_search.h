@@ -76,7 +76,7 @@ INLINE SIMD void search_group(const int4q_search_args *a, const float *w, const 
             const sums_of_values s = look_at(w, h, a->group, mean, scale, zero);
             best_scale = where_less(s.error, best_error, scale, best_scale);
             best_zero = where_less(s.error, best_error, zero, best_zero);
-            best_error = least(s.error, best_error);
+            best_error = where_less(s.error, best_error, s.error, best_error);
             if (refit == a->refits) break;
             /* Least squares: the covariance of q and w over the variance of q, 0 / 0 (NaN) where
              * all values are the same. */
