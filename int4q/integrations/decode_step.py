@@ -6,8 +6,8 @@ What follows a model around from one call of ``generate`` to the next is here; t
 
 from __future__ import annotations
 
-import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int4q.integrations.decode_attention import attention_of_one_token
 from int4q.prepare.modules import HELD
 
 KEPT = 4
@@ -143,16 +144,17 @@ class Step:
             self.positions.copy_(positions[..., -1:] + 1)
 
     def _forward(self, model: Any) -> Tensor:
-        inputs = model.prepare_inputs_for_generation(
-            self.ids,
-            past_key_values=self.cache,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            use_cache=True,
-        )
-        # transformers multiplies few tokens by its experts in another way than a prompt.
-        with getattr(model, "_optimize_model_for_decode", nullcontext)():
-            logits = self._call(model, inputs)
+        with attention_of_one_token(model) if self.ids.is_cpu else nullcontext():
+            inputs = model.prepare_inputs_for_generation(
+                self.ids,
+                past_key_values=self.cache,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                use_cache=True,
+            )
+            # transformers multiplies few tokens by its experts in another way than a prompt.
+            with getattr(model, "_optimize_model_for_decode", nullcontext)():
+                logits = self._call(model, inputs)
         if self.positions is not None:
             self.positions += 1
         return logits
@@ -163,9 +165,15 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return logits[:, -1]
 
 
-@functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_logits, dynamic=False)
+    """:func:`_logits` compiled for one step alone, and not checked against the model at each token.
+
+    A step is kept under all that the guards of a graph would look at (:func:`state_of`); looking
+    takes as long as some layers do. Graphs belong to a function's code, so each has its own.
+    """
+    own = types.FunctionType(_logits.__code__.replace(), globals())
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False}
+    return torch.compile(own, dynamic=False, options=options)
 
 
 # --- kept from one call to the next ---------------------------------------------------------------

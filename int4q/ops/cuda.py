@@ -12,15 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from int4q.kernels import registry
 from int4q.kernels.core import library
 from int4q.kernels.registry import KernelPreference
 
 _LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "int": "i", "bool": "i"}
-_twins: dict[str, Callable[..., Any]] = {}
+_twins: dict[str, torch._ops.OpOverload] = {}
 
 
 def define(namespace: torch.library.Library, name: str, schema: str, run: Any, fake: Any) -> None:
@@ -75,7 +78,7 @@ def by_core() -> bool:
 def run(name: str, *args: Any) -> Any:
     """The twin of the op ``name``, for where :func:`by_core` and :func:`dispatches_nothing`."""
     try:
-        return _twins[name](*args)
+        return _twins[name]._op(*args)  # (what calling it does, less a frame of Python)
     except RuntimeError as error:
         raise library.cause(error) from None
 
@@ -89,12 +92,11 @@ def dispatches_nothing(x: Tensor, bias: Tensor | None) -> bool:
     return (
         type(x) is Tensor
         and not (
-            torch.is_grad_enabled()
-            and (x.requires_grad or (bias is not None and bias.requires_grad))
+            is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         )
         and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and not is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and _get_tracing_state() is None
     )

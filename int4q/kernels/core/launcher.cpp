@@ -97,8 +97,9 @@ std::string not_saved(const Op &op, const StableIValue *stack) {
         check(aoti_torch_get_sizes(first, &shape));
         for (int64_t i = 0; i < dims; i++) sizes += (i ? ", " : "") + std::to_string(shape[i]);
     }
-    return "int4q: no plan is saved of this call of int4q::" + op.name + ", whose first argument has "
-           "shape [" + sizes + "]: make the call in Python before int4q.save_plans() writes the file";
+    return "int4q: no plan is saved of this call of int4q::" + op.name +
+           ", whose first argument has shape [" + sizes +
+           "]: make the call in Python before int4q.save_plans() writes the file";
 }
 
 /* The planner's call, which takes the arguments over. */

@@ -6,7 +6,7 @@
 
 namespace int4q {
 
-/* Throws what torch throws. An op without a planner runs the plans that are there, and no others. */
+/* Throws what torch throws. An op without a planner runs the plans that are there. */
 void register_launcher(const char *name, const char *planner, const char *arguments,
                        const char *dispatch_key);
 

@@ -126,7 +126,10 @@ void Operator::run(const Memory &memory, const Where &where) const {
  * ------------------------------------------------------------------------------------------- */
 
 Plan::Plan(Words &all)
-    : words(all.at, all.end), device(device_of(all)), context(context_of(all, device)), scratch(all) {
+    : words(all.at, all.end),
+      device(device_of(all)),
+      context(context_of(all, device)),
+      scratch(all) {
     for (size_t n = all.count(MAX_OUTPUTS); n--;) outputs.emplace_back(all);
     for (size_t n = all.count(MAX_STEPS); n--;) {
         if (all.next())
@@ -134,7 +137,8 @@ Plan::Plan(Words &all)
         else
             steps.emplace_back(std::in_place_type<Launch>, all);
     }
-    if (scratch.shape.size() != 1 || all.at != all.end) throw std::runtime_error("int4q: a plan is too long");
+    if (scratch.shape.size() != 1 || all.at != all.end)
+        throw std::runtime_error("int4q: a plan is too long");
 }
 
 std::vector<Handle> Plan::run(Memory &memory) const {

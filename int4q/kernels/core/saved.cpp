@@ -6,8 +6,9 @@
  *     kernels: the CUfunction in the process that wrote it, its module, its name
  *     plans:   words of the key, words of the plan
  *
- * Everything is 64-bit words, of a list its length first, of a text its bytes, filled up with zeros.
+ * Everything is 64-bit words; a list begins with its length, a text with its bytes and ends in zeros.
  */
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -29,8 +30,10 @@ constexpr size_t MAX_BYTES = size_t(1) << 30;
 std::string_view text(Words &words) {
     const size_t bytes = words.count(MAX_BYTES);
     const auto *start = reinterpret_cast<const char *>(words.at);
-    if (size_t(words.end - words.at) < (bytes + 7) / 8) throw Refused("int4q: a text ends early");
-    words.at += (bytes + 7) / 8;
+    const size_t filled = (bytes + 7) / 8;
+    if (size_t(words.end - words.at) < filled)
+        throw std::runtime_error("int4q: a text ends early");
+    words.at += filled;
     return {start, bytes};
 }
 
@@ -58,7 +61,8 @@ class Modules : public Handles {
         for (size_t n = words.count(MAX_LIST); n--;) images.push_back(text(words));
         for (size_t n = words.count(MAX_LIST); n--;) {
             const int64_t handle = words.next();
-            const size_t module = words.count(images.size() - 1);
+            const size_t module = words.count(MAX_LIST);
+            images.at(module); /* throws where it is not one of them */
             kernels[handle] = {module, std::string(text(words))};
         }
     }
@@ -148,8 +152,8 @@ void load(const char *path) {
 
 }  // namespace int4q
 
-/* Take up the plans of a file, before the package whose calls they are is loaded; where no Python has
- * defined the ops, they are defined. Null, or what went wrong, until this thread's next call. */
+/* Take up the plans of a file, before the package whose calls they are is loaded; ops that no Python
+ * has defined are defined. Null, or what went wrong, until this thread's next call. */
 EXPORT const char *int4q_core_load(const char *path) try {
     static std::mutex one;
     const std::scoped_lock lock(one);
@@ -161,8 +165,8 @@ EXPORT const char *int4q_core_load(const char *path) try {
     return text.c_str();
 }
 
-/* All plans as the file has them, behind the CUfunctions in them and the numbers of the ops that have
- * kinds without a plan. The number of words, of which at most `room` are written. */
+/* All plans as the file has them, behind the CUfunctions in them and the numbers of the ops that
+ * have kinds without a plan. The number of words, which are written if there is `room`. */
 EXPORT int64_t int4q_core_export(int64_t *out, int64_t room) {
     std::set<int64_t> functions, without;
     std::vector<int64_t> plans;

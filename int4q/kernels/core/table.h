@@ -1,7 +1,7 @@
 /* Kinds of calls and their plans.
  *
- * A kind is what may tell calls of an op apart: dtypes, shapes, strides, devices and alignment of the
- * tensors, and the other arguments.
+ * A kind is what may tell calls of an op apart: dtypes, shapes, strides, devices and alignment of
+ * the tensors, and the other arguments.
  */
 #pragma once
 

@@ -44,12 +44,17 @@ static int form_of_halves(const int4q_args *a, const kernels_of *kernels) {
 
 /* How the products want x; 0 where they are not to be had. */
 static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
+    const int bf16_products =
+        a->x_kind == KIND_BF16 && kernels->feature == FEATURE_AVX512 && has_feature(a, FEATURE_BF16);
     if (a->product == PRODUCT_INT8) return X_INT8;
+    if (a->product == PRODUCT_EXACT && bf16_products) return X_BF16_EXACT;
     if (a->product == PRODUCT_EXACT)
         return a->x_kind == KIND_FP32 ? X_INT24 : form_of_halves(a, kernels);
     if (a->x_kind != KIND_BF16 || a->zero || kernels->feature != FEATURE_AVX512) return 0;
-    return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
+    return bf16_products ? X_BF16 : X_FLOAT;
 }
+
+enum { SMALL_BYTES = 8 << 10 }; /* what a decode takes from the stack */
 
 /* What the threads of a decode share. */
 typedef struct {
@@ -96,7 +101,9 @@ EXPORT int int4q_decode(const int4q_args *a) {
     const int64_t zero_size = t->groups * ROWS, block_size = scale_size + zero_size;
     const int64_t batch = min64(blocks_of_batch(block_size), ceil_div(blocks, threads));
     const int64_t params_size = batch * block_size;
-    uint8_t *memory = aligned_new(units_size + sums_size + threads * params_size * 4);
+    const int64_t size = units_size + sums_size + threads * params_size * 4;
+    uint8_t small[SMALL_BYTES] __attribute__((aligned(CACHE_LINE)));
+    uint8_t *memory = size <= SMALL_BYTES ? small : aligned_new(size);
     if (!memory) return INT4Q_NO_MEMORY;
     t->units_x = memory;
     t->group_sum = (float *)(memory + units_size);
@@ -108,7 +115,7 @@ EXPORT int int4q_decode(const int4q_args *a) {
     } else {
         PARALLEL(threads) decode_part(&job, THREAD_INDEX, THREAD_COUNT);
     }
-    aligned_free(memory);
+    if (memory != small) aligned_free(memory);
     return out_of_range ? INT4Q_OUT_OF_RANGE : INT4Q_OK;
 }
 
