@@ -14,6 +14,7 @@ _ATTENTION = {
 }  # fmt: skip
 _DENSE = {"ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
 _MOE = {f"{name}_exps": (EXPERTS, *shape) for name, shape in _DENSE.items()}
+_SHARED = {f"{name}_shexp": shape for name, shape in _DENSE.items()}
 
 
 def blocks(shape, kind):
@@ -53,6 +54,7 @@ def write(
         writer.add_expert_count(EXPERTS)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(INNER)
+        writer.add_expert_shared_feed_forward_length(INNER)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([*(chr(33 + i) for i in range(VOCAB - 2)), "!!", "##"])
@@ -83,8 +85,16 @@ def _tensors(architecture, experts, down):
         norms |= {"attn_q_norm": HIDDEN // HEADS, "attn_k_norm": HIDDEN // HEADS}
     elif architecture == "gemma2":
         norms |= {"post_attention_norm": HIDDEN, "post_ffw_norm": HIDDEN}
+    matrices = _ATTENTION | (_MOE if experts else _DENSE)
+    if architecture == "qwen2moe":
+        matrices |= _SHARED
+        norms |= {"ffn_gate_inp_shexp": HIDDEN}
     for layer in range(LAYERS):
-        for name, shape in (_ATTENTION | (_MOE if experts else _DENSE)).items():
+        if architecture.startswith("qwen2"):
+            for name in ("attn_q", "attn_k", "attn_v"):
+                bias = rng.standard_normal(_ATTENTION[name][0], dtype=np.float32)
+                yield f"blk.{layer}.{name}.bias", bias, None
+        for name, shape in matrices.items():
             kind = down if name.startswith("ffn_down") else (KINDS.Q4_0, KINDS.Q4_1)[layer]
             yield f"blk.{layer}.{name}.weight", blocks(shape, kind), kind
         if experts:

@@ -19,6 +19,7 @@ from int4q.checkpoint.gguf_model import GGUFModel  # noqa: E402
 from int4q.cli import main  # noqa: E402
 
 KINDS = gguf.GGMLQuantizationType
+MIXTURES = {"llama": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,12 @@ def test_a_model_holds_the_files_values(path, theirs):
     assert (ours - exact).norm() < 0.02 * exact.norm()  # (the embedding is bfloat16)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("architecture", MIXTURES)
 def test_experts(architecture, tmp_path):
     """A mixture of experts: every matrix of its stacks as `gguf` dequantises it."""
     path = gguf_files.write(tmp_path / "moe.gguf", architecture, experts=True)
     model, _ = int4q.load(path)
-    assert model.config.model_type == {"llama": "mixtral", "qwen3moe": "qwen3_moe"}[architecture]
+    assert model.config.model_type == MIXTURES[architecture]
     assert model.config.num_experts_per_tok == 2
     held = gguf_files.values(path)
     for i, layer in enumerate(model.model.layers):
@@ -88,8 +89,9 @@ def test_experts(architecture, tmp_path):
         assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-def test_experts_as_transformers_reads_them(tmp_path):
-    path = gguf_files.write(tmp_path / "moe.gguf", "qwen3moe", experts=True, down=KINDS.Q8_0)
+@pytest.mark.parametrize("architecture", ["qwen2moe", "qwen3moe"])
+def test_experts_as_transformers_reads_them(architecture, tmp_path):
+    path = gguf_files.write(tmp_path / "moe.gguf", architecture, experts=True, down=KINDS.Q8_0)
     model, _ = int4q.load(path, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(  # (it overlooks the experts' size)
         tmp_path, gguf_file=path.name, dtype=torch.float32, config=model.config

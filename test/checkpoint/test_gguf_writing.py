@@ -30,7 +30,14 @@ def fields(path):
 
 @pytest.mark.parametrize(
     "architecture,experts",
-    [("llama", False), ("llama", True), ("qwen3moe", True), ("gemma2", False)],
+    [
+        ("llama", False),
+        ("llama", True),
+        ("qwen2", False),
+        ("qwen2moe", True),
+        ("qwen3moe", True),
+        ("gemma2", False),
+    ],
 )
 def test_there_and_back(architecture, experts, tmp_path, capsys):
     """From a file to a folder to a file: the same names, values and metadata."""

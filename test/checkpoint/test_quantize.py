@@ -76,7 +76,9 @@ def test_transformers_loads_what_it_would_have_made(make, config, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::int4q.Int4SkipWarning")
-@pytest.mark.parametrize("make", [gpt2, gpt_oss, llama4])
+@pytest.mark.parametrize(
+    "make", [gpt2, gpt_oss, pytest.param(llama4, marks=pytest.mark.slow)], ids=lambda m: m.__name__
+)
 def test_weights_held_as_in_out(make, tmp_path):
     """Conv1D, and experts that are `[E, in, out]`: as `quantize_` makes them of the whole model."""
     config, source = Int4WeightOnlyConfig(group_size=32), saved(make(), tmp_path / "model")
