@@ -14,7 +14,8 @@ import torch
 import weights
 from torch import Tensor
 
-from int4q.kernels.cuda import decode, small_batch
+from int4q.kernels.cuda import decode, small_batch, warp_specialised
+from int4q.kernels.cuda.warp_specialised_config import choose_config
 from int4q.kernels.launch.planner import Parts, Planner
 from int4q.kernels.weight import Weight
 
@@ -102,12 +103,13 @@ class Kernel:
     def run(self, case: Case, config=None) -> None:
         """A case is right, and repeats bit for bit."""
         parts = inputs(case)
-        outs = [self.linear(*parts, config=config, **case.choices) for _ in range(2)]
-        self.check(outs[0], parts, **case.choices)
+        choices = case.choices if config is None else {**case.choices, "config": config}
+        outs = [self.linear(*parts, **choices) for _ in range(2)]
+        self.check(outs[0], parts, **choices)
         assert torch.equal(*outs)
 
 
-def decode_operands(parts: Parts, activation: torch.dtype = BF16):
+def decode_operands(parts: Parts, activation: torch.dtype = BF16, config=None):
     """x as integers times their scales; the weight as it is."""
     x = parts.x.float()
     if parts.pre_scale is not None:
@@ -116,14 +118,31 @@ def decode_operands(parts: Parts, activation: torch.dtype = BF16):
     return quantised(x, activation), product + zero, product.abs() + zero.abs()
 
 
-def small_batch_operands(parts: Parts):
+def small_batch_operands(parts: Parts, config=None):
     """x and the weight, each rounded to x's dtype."""
-    x, dtype = parts.x, parts.x.dtype
+    w = sum(terms(parts.weight)).float().to(parts.x.dtype).double()
+    return scaled_x(parts), w, w.abs()
+
+
+def warp_specialised_operands(parts: Parts, config=None):
+    """x rounded to its dtype; the weight too, unless it is sums that are scaled."""
+    if config is None:
+        weight = parts.weight
+        sms = torch.cuda.get_device_properties(parts.x.device).multi_processor_count
+        sizes = len(parts.x), weight.N, weight.K, weight.group_size
+        config = choose_config(*sizes, weight.zero_point is None, sms)
+    if not config.scale_sums:
+        return small_batch_operands(parts)
+    w = sum(terms(parts.weight))
+    return scaled_x(parts), w, w.abs()
+
+
+def scaled_x(parts: Parts) -> Tensor:
+    """float64: ``x * pre_scale``, rounded to x's dtype."""
+    x = parts.x
     if parts.pre_scale is not None:
-        x = (x.float() * parts.pre_scale.float()).to(dtype)
-    product, zero = terms(parts.weight)
-    w = (product + zero).float().to(dtype).double()
-    return x.double(), w, w.abs()
+        x = (x.float() * parts.pre_scale.float()).to(x.dtype)
+    return x.double()
 
 
 def terms(weight: Weight) -> tuple[Tensor, Tensor]:
@@ -156,3 +175,4 @@ def quantised(x: Tensor, activation: torch.dtype) -> Tensor:
 DECODE = Kernel(decode.linear, decode_operands, 2**-20)
 # 2 ** -18: some weights lie between two numbers of x's dtype, and float32 rounds them first here.
 SMALL_BATCH = Kernel(small_batch.linear, small_batch_operands, 2**-18)
+WARP_SPECIALISED = Kernel(warp_specialised.linear, warp_specialised_operands, 2**-18)

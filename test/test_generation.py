@@ -11,7 +11,7 @@ import torch
 
 import int4q
 from int4q import GraphFallbackWarning, Int4WeightOnlyConfig, cuda_graph_generate, quantize_
-from int4q.integrations import decode_step, generation
+from int4q.integrations import decode_attention, decode_step, generation
 from int4q.integrations.decode_step import CapturedGraph, Eager, Step, static_cache
 
 transformers = pytest.importorskip("transformers")
@@ -166,22 +166,63 @@ class Stream:
         self.ended = True
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_is_transformers_loop():
-    m, (ids, _) = model(), prompts(batch=1)
-    expected, stream = generate(m, ids), Stream()
-    with pytest.warns(GraphFallbackWarning, match="the model is on cpu, not on one CUDA device"):
-        got = generate(m, ids, custom_generate=cuda_graph_generate, streamer=stream)
+def test_the_loop_on_a_cpu():
+    m, (ids, mask) = model(), prompts()
+    expected, stream = own(m, ids[:1]), Stream()
+    got = generate(m, ids[:1], custom_generate=cuda_graph_generate, streamer=stream)
     assert torch.equal(got, expected)
     assert stream.tokens == expected.flatten().tolist() and stream.ended
+    kept = dict(decode_step._STEPS[m])
+    for _ in range(2):  # with a kept step too
+        got = generate(m, ids, attention_mask=mask, custom_generate=cuda_graph_generate)
+        assert torch.equal(got, own(m, ids, attention_mask=mask))
+    assert len(decode_step._STEPS[m]) == len(kept) + 1
 
 
-def unsuited(m, **kwargs):
-    """The reason against a graph, if the model were on a GPU."""
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_of_one_token(heads):
+    query, key, value = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, heads, 5, 8)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]]).bool().view(2, 1, 1, 5)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.5, enable_gqa=True
+    )
+    got, _ = decode_attention.attention(None, query, key, value, mask, 0.5)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+def test_attention_is_put_back():
+    m, seen = model(), []
+    assert m.config._attn_implementation == "sdpa"
+    with decode_attention.attention_of_one_token(m):
+        seen.append(m.config._attn_implementation)
+    with pytest.raises(KeyError), decode_attention.attention_of_one_token(m):
+        raise KeyError
+    assert seen == [decode_attention.NAME] and m.config._attn_implementation == "sdpa"
+    m.set_attn_implementation("eager")  # a choice of the user's own
+    with decode_attention.attention_of_one_token(m):
+        assert m.config._attn_implementation == "eager"
+
+
+@pytest.mark.slow
+def test_compiled_on_a_cpu():
+    m, (ids, mask) = model(), prompts()
+    asked = dict(custom_generate=cuda_graph_generate, compile_forward=True)
+    for kwargs in ({}, {"attention_mask": mask}):
+        expected = own(m, ids, **kwargs)
+        for _ in range(2):
+            assert torch.equal(generate(m, ids, **kwargs, **asked), expected)
+    left = weakref.ref(m)
+    del m
+    gc.collect()
+    assert left() is None
+
+
+def unsuited(m, ids=None, **kwargs):
+    """The reason against the loop."""
     seen = []
+    ids = prompts(batch=1)[0] if ids is None else ids
 
     def custom(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        ids = torch.empty(0, device="meta")  # stands for a GPU
         seen.append(generation._unsuited(model, ids, generation_config, False, kwargs))
         return input_ids
 
@@ -189,10 +230,19 @@ def unsuited(m, **kwargs):
     return seen[0]
 
 
+def test_a_reason_is_named_and_transformers_loop_runs():
+    m, (ids, _) = model(), prompts(batch=1)
+    expected, stream = generate(m, ids), Stream()
+    m.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(GraphFallbackWarning, match=r"model\.layers\.0 has a forward hook"):
+        got = generate(m, ids, custom_generate=cuda_graph_generate, streamer=stream)
+    assert torch.equal(got, expected)
+    assert stream.tokens == expected.flatten().tolist() and stream.ended
+
+
 def test_reasons(monkeypatch):
-    monkeypatch.setattr(generation, "_devices", lambda model: {torch.device("meta")})
-    monkeypatch.setattr(generation, "GRAPHS_ON", "meta")
     assert unsuited(model()) is None
+    assert "token ids are on meta" in unsuited(model(), torch.empty(0, device="meta"))
     assert "hidden states" in unsuited(
         model(), output_hidden_states=True, return_dict_in_generate=True
     )
@@ -208,6 +258,8 @@ def test_reasons(monkeypatch):
     m = model()
     m(prompts()[0], output_hidden_states=True)  # transformers hooks its own modules for this
     assert unsuited(m) is None
+    monkeypatch.setattr(generation, "_devices", lambda model: {torch.device("meta")})
+    assert "on meta, not on one CUDA device or a CPU" in unsuited(model())
 
 
 def test_caches_that_count_on_the_host(monkeypatch):
@@ -390,6 +442,7 @@ def test_a_failed_capture_is_named_and_the_tokens_are_right():
     with pytest.warns(GraphFallbackWarning, match="no CUDA graph: .*captur"):
         got = generate(m, ids, custom_generate=cuda_graph_generate)
     assert torch.equal(got, expected)
+    assert torch.randn(8, device="cuda").isfinite().all()  # random numbers go on
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraphFallbackWarning)
         assert torch.equal(generate(m, ids, custom_generate=cuda_graph_generate), expected)

@@ -35,7 +35,7 @@ class Bench:
         self.model = self.model.to(device).eval()
         ids = {n: np.load(texts / f"{n}.npy").astype(np.int64) for n in ("calibration", "heldout")}
         self.calibration_ids, self.heldout = (torch.from_numpy(t) for t in ids.values())
-        self.heldout = self.heldout[:rows]
+        self.heldout = self.heldout[:: -(-len(self.heldout) // rows)]  # (of every part)
         self.results: list[dict] = []
 
     @cached_property
@@ -122,7 +122,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 32])
-    parser.add_argument("--rows", type=int, default=80, help="of held-out text")
+    parser.add_argument("--rows", type=int, default=80, help="of held-out text, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     return parser

@@ -6,7 +6,7 @@
 - tokens: GPTQ on four times the text. descent: its values improved one at a time, then a refit.
 - head: the output head in 4 bits too. (Embeddings that are tied to it stay as they are.)
 - mixed: groups of 32 for the tenth of the weights whose quantisation alone costs the most KL, paid
-  for by groups of 256 where it costs the least: the same bytes.
+  for by groups of 256 where it costs the least: no more bytes.
 - rounding: signed gradient descent on the rounding of all values of a block, for its outputs
   (Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", 2023), on 32,768 tokens.
 """
@@ -15,6 +15,7 @@ import copy
 import functools
 
 import torch
+import torch.nn.functional as F
 from bench import TOKENS, Bench, arguments, each, finish, quantized
 from rounding import round_by_gradient
 from torch import Tensor, nn
@@ -119,37 +120,44 @@ def with_head(bench: Bench, change, quantize):
     return both
 
 
+@torch.no_grad()
 def sensitivity(bench: Bench, group: int) -> dict[str, float]:
     """KL per weight of the whole model, on other calibration text, when one layer is quantised."""
-    rows, quantize, costs = bench.calibration_ids[-4:], by_search(bench, group), {}
+    rows, quantize, costs = bench.calibration_ids[-1:].to(bench.device), by_search(bench, group), {}
     model = copy.deepcopy(bench.model)
+    exact = model(rows).logits.log_softmax(-1)
     for name in bench.weights():
         layer = model.get_submodule(name)
         kept = layer.weight.data
         layer.weight.data = quantize(f"{name}.weight", kept)
-        kl = int4q.evaluate(model, rows, reference=bench.model, window=rows.shape[1]).kl
-        costs[name] = kl / kept.numel()
+        found = model(rows).logits.log_softmax(-1)
+        costs[name] = F.kl_div(found, exact, log_target=True, reduction="sum").item() / kept.numel()
         layer.weight.data = kept
     return costs
 
 
-def mixed_groups(bench: Bench) -> dict[str, int]:
-    """Names -> 32, 128 or 256: together as many scales as 128 everywhere."""
-    costs = sensitivity(bench, 128)
-    sizes = {n: bench.model.get_submodule(n).weight.numel() for n in costs}
-    groups = dict.fromkeys(costs, 128)
-    worst, spent, total = sorted(costs, key=costs.get, reverse=True), 0, sum(sizes.values())
+def mixed_groups(shapes: dict[str, tuple[int, int]], costs: dict[str, float]) -> dict[str, int]:
+    """Names -> group sizes: together no more scales than with 128 (or what fits) everywhere.
+
+    The costliest layers take 32, up to a tenth of all weights, for as long as the least costly can
+    pay for them by taking 256.
+    """
+    groups = {n: fitting(128, K) for n, (_, K) in shapes.items()}
+    size = {n: N * K for n, (N, K) in shapes.items()}
+    worst = sorted(costs, key=costs.get, reverse=True)
+    payers = [n for n in reversed(worst) if shapes[n][1] % 256 == 0]
+    budget, credit = 0.1 * sum(size.values()), 0.0
     for name in worst:
-        if spent + sizes[name] > 0.1 * total:
+        owed, payed = size[name] * (1 / 32 - 1 / groups[name]), []
+        budget -= size[name]
+        payers = [n for n in payers if n != name]
+        while credit < owed and payers:
+            payed.append(payers.pop(0))
+            credit += size[payed[-1]] * (1 / groups[payed[-1]] - 1 / 256)
+        if credit < owed or budget < 0:
             break
-        groups[name], spent = 32, spent + sizes[name]
-    owed = spent * (1 / 32 - 1 / 128)
-    for name in reversed(worst):
-        saved = sizes[name] * (1 / 128 - 1 / 256)
-        if owed <= 0:
-            break
-        if groups[name] == 128 and bench.model.get_submodule(name).weight.shape[1] % 256 == 0:
-            groups[name], owed = 256, owed - saved
+        groups |= {name: 32, **dict.fromkeys(payed, 256)}
+        credit -= owed
     return groups
 
 
@@ -173,7 +181,8 @@ def run(bench: Bench, group: int, variants: list[str]) -> None:
         both = with_head(bench, each(names, swept), by_search(bench, group))
         bench.measure("gptq, head by search", group, both)
     if "mixed" in variants and group == 128:
-        groups = mixed_groups(bench)
+        shapes = {n: tuple(bench.model.get_submodule(n).weight.shape) for n in names}
+        groups = mixed_groups(shapes, sensitivity(bench, group))
         for label, method in (("search", by_search), ("gptq", by_gptq)):
             of = {g: method(bench, g) for g in set(groups.values())}
             picked = each(names, lambda n, w, of=of: of[groups[n.removesuffix(".weight")]](n, w))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int4q import errors
 from int4q._version import __version__
-from int4q.checkpoint import awq, bitsandbytes, compressed_tensors, gguf_writing, gptq, schema
+from int4q.checkpoint import awq, bitsandbytes, compressed_tensors, gguf_output, gptq, schema
 from int4q.checkpoint.foreign import Foreign
 from int4q.checkpoint.gguf_model import GGUFModel
 from int4q.checkpoint.plan import Job, Plan
@@ -72,7 +72,7 @@ def plan_gguf(path: Path, note: Note, dtype: torch.dtype = torch.bfloat16) -> Pl
     told = quantization_config(_config(item.like for item in model.items))
     plan.files = {
         "config.json": dump({**model.config.to_dict(), "quantization_config": told}),
-        gguf_writing.METADATA: gguf_writing.metadata(path),
+        gguf_output.METADATA: gguf_output.metadata(path),
         **_saved(model.tokenizer()),
     }
     return plan

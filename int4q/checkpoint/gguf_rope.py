@@ -28,7 +28,9 @@ def scale(config: Any, file: GGUFFile) -> None:
     Raises:
         ValueError: a scaling other than linear, yarn and llama 3's.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return  # no rotary embedding
     rope = rope.get("full_attention", rope)
     if rope.get("rope_type", "default") != "default":
         return  # transformers knows the architecture's own

@@ -8,11 +8,8 @@ llama.cpp's ``convert_hf_to_gguf.py --vocab-only`` writes one from a folder of t
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,52 +19,20 @@ import torch
 from torch import Tensor
 
 from int4q import errors
-from int4q.checkpoint import gguf, gguf_rope, inspecting, schema
+from int4q.checkpoint import gguf, gguf_output, inspecting, schema
 from int4q.checkpoint.files import replaced
 from int4q.checkpoint.foreign import EXACT
 from int4q.checkpoint.gguf_architecture import Architecture
-from int4q.checkpoint.gguf_file import GGUFFile, GGUFTensor
+from int4q.checkpoint.gguf_file import GGUFFile
+from int4q.checkpoint.gguf_output import METADATA, Note, Part, Progress
 from int4q.checkpoint.skeleton import Recipe, recipes, skeleton
 from int4q.checkpoint.source import Source
 from int4q.checkpoint.workspace import sync
 from int4q.tensor import Int4Tensor
 
-METADATA = "metadata.gguf"
-"""In a folder: a GGUF file without parameters."""
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOAT32 = ("ffn_gate_inp",)
 """Matrices that llama.cpp wants in float32, as it does every vector."""
-_OURS = ("general.architecture", "general.alignment", "general.file_type",
-         "general.quantization_version")  # fmt: skip
-"""Keys that are not copied."""
-
-Note = Callable[[str, str], None]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor to be written.
-
-    Attributes:
-        name: in the file.
-        kind: GGUF's name of its type.
-        shape: the last dim innermost.
-        make: its bytes, uint8 ``[.., bytes of a row]``, and how exact they are, in words.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    make: Callable[[], tuple[np.ndarray[Any, Any], str]]
-
-    @property
-    def bytes_shape(self) -> tuple[int, ...]:
-        """Of what :attr:`make` gives."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return (*self.shape[:-1], self.shape[-1] // values * nbytes)
 
 
 def write(
@@ -97,20 +62,11 @@ def write(
         raise FileExistsError(f"{target} exists already and is never overwritten")
     said = GGUFFile(_metadata_of(source, metadata))
     architecture = Architecture(said, torch.float32)
-    parts = [*_parts(source, architecture, rounded), *map(_copied, _kept(said))]
+    parts = list(_parts(source, architecture, rounded))
     target.parent.mkdir(parents=True, exist_ok=True)
     with replaced(target) as new:
-        _write(new, said, parts, note, progress)
+        gguf_output.write(new, said, parts, note, progress)
         sync(new)
-
-
-def metadata(path: Path) -> bytes:
-    """A GGUF file with everything that ``path`` holds but parameters."""
-    said = GGUFFile(path)
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / METADATA
-        _write(made, said, [_copied(t) for t in _kept(said)], lambda name, how: None, None)
-        return made.read_bytes()
 
 
 def _metadata_of(source: Source, named: Path | None) -> Path:
@@ -126,15 +82,6 @@ def _metadata_of(source: Source, named: Path | None) -> Path:
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def _kept(said: GGUFFile) -> list[GGUFTensor]:
-    return [t for t in said.tensors if t.name.startswith(gguf_rope.PREFIX)]
-
-
-def _copied(tensor: GGUFTensor) -> Part:
-    data = tensor.data.reshape(*tensor.shape[:-1], -1)
-    return Part(tensor.name, tensor.kind, tensor.shape, lambda: (data, f"{tensor.kind}, {EXACT}"))
 
 
 def _parts(source: Source, architecture: Architecture, rounded: bool) -> Iterator[Part]:
@@ -243,48 +190,3 @@ def _differences(
                 yield key, theirs, ours
         elif not isinstance(theirs, list) and None not in (theirs, ours) and theirs != ours:
             yield key, theirs, ours
-
-
-# --- the file -------------------------------------------------------------------------------------
-
-
-def _write(
-    path: Path, said: GGUFFile, parts: list[Part], note: Note, progress: Progress | None
-) -> None:
-    from gguf import GGMLQuantizationType
-
-    writer = _writer(path, said, [part.kind for part in parts])
-    for part in parts:
-        shape, kind = part.bytes_shape, GGMLQuantizationType[part.kind]
-        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), kind)
-    done, total = 0, sum(math.prod(part.bytes_shape) for part in parts)
-    with contextlib.closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for part in parts:
-            data, how = part.make()
-            writer.write_tensor_data(data)
-            note(part.name, how)
-            done += data.nbytes
-            if progress:
-                progress(done, total)
-
-
-def _writer(path: Path, said: GGUFFile, kinds: list[str]) -> Any:
-    """With the metadata of ``said``; what they say of its own tensors is made anew."""
-    from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
-
-    writer = GGUFWriter(path, str(said.fields["general.architecture"]))
-    for field in GGUFReader(said.path).fields.values():
-        value = field.contents()
-        if field.name.startswith(("GGUF.", "split.")) or field.name in _OURS or value == []:
-            continue
-        kind, *inner = field.types
-        of = inner[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, value, kind, sub_type=of)
-    most = max(gguf.TO, key=kinds.count)
-    if most in kinds:
-        writer.add_file_type(LlamaFileType[f"MOSTLY_{most}"])
-        writer.add_quantization_version(GGML_QUANT_VERSION)
-    return writer

@@ -6,8 +6,8 @@ What follows a model around from one call of ``generate`` to the next is here; t
 
 from __future__ import annotations
 
-import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int4q.integrations.decode_attention import attention_of_one_token
 from int4q.prepare.modules import HELD
 
 KEPT = 4
@@ -62,16 +63,22 @@ class CapturedGraph:
             self._is_warm = True
             return forward()
         if self._graph is None:
-            graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
             try:
-                with _CAPTURE, torch.cuda.graph(graph, None, own, "thread_local"):
-                    self._output = forward()
+                self._graph, self._output = _captured(forward)
             except RuntimeError as error:
                 self.reason = str(error).split("\n")[0]
+                # torch's random numbers stay those of a capture until one ends well.
+                _captured(lambda: torch.zeros(1, device="cuda"))
                 return forward()
-            self._graph = graph
         self._graph.replay()
         return self._output
+
+
+def _captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's is all threads'
+    with _CAPTURE, torch.cuda.graph(graph, None, own, "thread_local"):
+        output = forward()
+    return graph, output
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -143,16 +150,17 @@ class Step:
             self.positions.copy_(positions[..., -1:] + 1)
 
     def _forward(self, model: Any) -> Tensor:
-        inputs = model.prepare_inputs_for_generation(
-            self.ids,
-            past_key_values=self.cache,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            use_cache=True,
-        )
-        # transformers multiplies few tokens by its experts in another way than a prompt.
-        with getattr(model, "_optimize_model_for_decode", nullcontext)():
-            logits = self._call(model, inputs)
+        with attention_of_one_token(model) if self.ids.is_cpu else nullcontext():
+            inputs = model.prepare_inputs_for_generation(
+                self.ids,
+                past_key_values=self.cache,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                use_cache=True,
+            )
+            # transformers multiplies few tokens by its experts in another way than a prompt.
+            with getattr(model, "_optimize_model_for_decode", nullcontext)():
+                logits = self._call(model, inputs)
         if self.positions is not None:
             self.positions += 1
         return logits
@@ -163,9 +171,15 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return logits[:, -1]
 
 
-@functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_logits, dynamic=False)
+    """:func:`_logits` compiled for one step alone, and not checked against the model at each token.
+
+    A step is kept under all that the guards of a graph would look at (:func:`state_of`); looking
+    takes as long as some layers do. Graphs belong to a function's code, so each has its own.
+    """
+    own = types.FunctionType(_logits.__code__.replace(), globals())
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False}
+    return torch.compile(own, dynamic=False, options=options)
 
 
 # --- kept from one call to the next ---------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from int4q import errors
 from int4q.integrations import decode_step
-from int4q.integrations.decode_step import CapturedGraph, Step
+from int4q.integrations.decode_step import CapturedGraph, Eager, Step
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
-GRAPHS_ON = "cuda"
+_DEVICES = ("cuda", "cpu")
 _MODES = ("greedy_search", "sample")
 _INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 """Of the arguments of a model, those that the loop knows to carry on from token to token."""
@@ -102,7 +103,7 @@ def cuda_graph_generate(
             model, input_ids, *request, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
         )
     had = step.runner.reason
-    with torch.cuda.device(input_ids.device):
+    with torch.cuda.device(input_ids.device) if input_ids.is_cuda else nullcontext():
         result = decode(model, step, input_ids, *request, streamer, model_kwargs)
     if not generation_config.return_dict_in_generate:  # (then its cache is the caller's)
         decode_step.keep(model, key, step)
@@ -137,8 +138,9 @@ def _unsuited(
     """Why no graph of the model's forward can serve this call, or ``None``."""
     others = [n for n, v in model_kwargs.items() if v is not None and n not in _INPUTS]
     devices = _devices(model)
-    if len(devices) > 1 or {d.type for d in devices} != {GRAPHS_ON}:
-        return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one CUDA device"
+    if len(devices) > 1 or not {d.type for d in devices} <= set(_DEVICES):
+        on = ", ".join(sorted(map(str, devices)))
+        return f"the model is on {on}, not on one CUDA device or a CPU"
     if {input_ids.device} != devices:
         return f"the token ids are on {input_ids.device}"
     if model.config.is_encoder_decoder:
@@ -170,17 +172,18 @@ def _step(
 ) -> tuple[Any, Step]:  # fmt: skip
     """A step with room for the call, a kept one if there is one, and the key to keep it under."""
     length = cache_length(config.max_length - 1)
-    positions = model_kwargs.get("position_ids")
+    positions, device = model_kwargs.get("position_ids"), input_ids.device.type
     key = (
         length, len(input_ids), model_kwargs.get("attention_mask") is None,
         None if positions is None else positions[..., -1:].shape, is_compiled,
-        torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"), decode_step.state_of(model),
+        torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device), decode_step.state_of(model),
     )  # fmt: skip
     step = decode_step.take(model, key)
     if step is None:
         cache = decode_step.static_cache(model, length)
-        step = Step(cache, length, CapturedGraph(), is_compiled)
+        runner = CapturedGraph() if input_ids.is_cuda else Eager()
+        step = Step(cache, length, runner, is_compiled)
     return key, step
 
 

@@ -17,9 +17,9 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """A causal language model of transformers with int4q's weights, and its tokenizer.
 
-    The linear layers of a GGUF file hold the file's own 4-bit values (Q4_0, Q4_1 and Q4_K, in
-    groups of 32 with float32 scales); nothing of them is dequantised on the way. What the file
-    holds in another type is dequantised to ``dtype``.
+    The linear layers and experts of a GGUF file hold the file's own 4-bit values (Q4_0, Q4_1 and
+    Q4_K, in groups of 32 with float32 scales); nothing of them is dequantised on the way. What
+    the file holds in another type is dequantised to ``dtype``.
 
     Args:
         path: a GGUF file, or a folder that ``int4q quantize``, ``int4q convert`` or transformers

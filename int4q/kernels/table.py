@@ -47,7 +47,7 @@ def _one_by_one(run: Callable[..., Any]) -> Kernel:
 
 
 W4A16 = (
-    cuda.SMALL_BATCH,
+    cuda.WARP_SPECIALISED,
     cuda.DECODE,
     triton.GLUON,
     triton.DEQUANTIZED,
@@ -118,7 +118,7 @@ register(
 register(
     "int4_matmul",
     cuda.DECODE_ROUNDED,
-    cuda.SMALL_BATCH,
+    cuda.WARP_SPECIALISED,
     triton.GLUON,
     triton.DEQUANTIZED,
     triton.MATMUL,

@@ -20,7 +20,9 @@ from int4q.kernels import reference
 from int4q.kernels.cuda import decode as cuda_decode
 from int4q.kernels.cuda import experts as cuda_experts
 from int4q.kernels.cuda import small_batch as cuda_small_batch
+from int4q.kernels.cuda import warp_specialised as cuda_warp_specialised
 from int4q.kernels.cuda.small_batch import Config
+from int4q.kernels.cuda.warp_specialised_config import Config as WarpSpecialisedConfig
 from int4q.kernels.triton import experts as triton_experts
 from int4q.kernels.triton import fp8 as triton_fp8
 from int4q.kernels.triton import gluon_experts, gluon_matmul
@@ -30,6 +32,12 @@ from int4q.kernels.weight import Weight
 from int4q.packing import signed_to_offset
 
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
+
+WARP_SPECIALISED = [
+    WarpSpecialisedConfig(*cut, scale_sums=scale_sums)
+    for cut in ((1, 1, 1, True), (4,), (2, 2, 2), (1, 1, 4))
+    for scale_sums in (False, True)
+]
 
 
 def check(name, got, expected, bound):
@@ -79,6 +87,7 @@ def symmetric(shape, x, plain) -> None:
     runs = {"Gluon": gluon_matmul.linear, "Triton": triton_matmul.linear}
     if M <= cuda_small_batch.MAX_M:
         runs["small batch"] = cuda_small_batch.linear
+        runs["warp-specialised"] = cuda_warp_specialised.linear
     if M <= cuda_decode.MAX_M:
         runs["decode"] = cuda_decode.linear_rounded
     for name, run in runs.items():
@@ -143,6 +152,9 @@ def main(sections: list[int]) -> None:
             for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
                 got = cuda_small_batch.linear(x, weight, config=config)
                 check(f"small batch {config} {shape}", got, exact, 1e-2)
+            for config in WARP_SPECIALISED:
+                got = cuda_warp_specialised.linear(x, weight, config=config)
+                check(f"warp-specialised {config} {shape}", got, exact, 1e-2)
         symmetric(shape, x, plain)
         dequantized = plain.cuda().dequantize()
         check(f"dequantize {shape}", dequantized.cpu(), plain.dequantize(torch.float64), 1e-2)

@@ -149,18 +149,17 @@ Tensor aten_linear(const Tensor &x, const Tensor &w, const Optional &bias) {
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-/* What blocks are multiplied in: the wider of activation and scale; float32 for what torch multiplies
- * more slowly (blocked.py). */
-ScalarType product_dtype(const Tensor &x, const Weight &w, bool rounded) {
-    const bool bf16 = kind(x) == KIND_BF16 && (rounded || kind(w.scale) == KIND_BF16);
+/* What blocks are multiplied in: bfloat16 where it is asked for, unless torch multiplies float32 faster
+ * (blocked.py). */
+ScalarType product_dtype(bool bf16) {
     const bool fast = int4q_cpu_features() & (FEATURE_AVX512 | FEATURE_BF16);
     return bf16 && fast ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
 /* x [M, K] times the weight, into out [M, N]. */
-void by_blocks(const Tensor &x, const Weight &w, const Optional &bias, bool rounded, Tensor out) {
+void by_blocks(const Tensor &x, const Weight &w, const Optional &bias, bool rounded,
+               ScalarType product, Tensor out) {
     const NoGrad guard;
-    const ScalarType product = product_dtype(x, w, rounded);
     const ScalarType dtype = rounded ? x.scalar_type() : product;
     const Tensor xc = torch::stable::to(x, product);
     const Optional bc = bias ? Optional(torch::stable::to(*bias, product)) : std::nullopt;
@@ -208,11 +207,12 @@ bool in_range(const void *row, int64_t kind, int64_t K) {
 void repair_rows(const int4q_args &a, const Tensor &x, const Weight &w, const Optional &bias,
                  Tensor out) {
     const int64_t row_bytes = a.x_stride * (a.x_kind == KIND_FP32 ? 4 : 2);
+    const bool bf16 = a.x_kind == KIND_BF16 && a.scale_kind == KIND_BF16; /* as exact as the kernels */
     for (int64_t m = 0; m < a.M; m++) {
         const char *row = static_cast<const char *>(a.x) + m * row_bytes;
         if (in_range(row, a.x_kind, a.K)) continue;
         Tensor rows = x;
-        by_blocks(torch::stable::narrow(rows, 0, m, 1), w, bias, false,
+        by_blocks(torch::stable::narrow(rows, 0, m, 1), w, bias, false, product_dtype(bf16),
                   torch::stable::narrow(out, 0, m, 1));
     }
 }
@@ -259,7 +259,8 @@ Tensor cpu_linear(const Tensor &x_in, const Tensor &qdata, const Tensor &scale,
     const bool tiles = kind(x) == KIND_BF16 && a.M >= tiles_min_m && (a.features & FEATURE_AMX);
     const bool few = a.M <= decode_max_m && (!rounded || (a.features & FEATURE_AVX512));
     if (!few && !tiles) {
-        by_blocks(matrix(x, a.K), w, bias, rounded, matrix(out, a.N));
+        by_blocks(matrix(x, a.K), w, bias, rounded, product_dtype(kind(x) == KIND_BF16),
+                  matrix(out, a.N));
         return out;
     }
     Optional floats;

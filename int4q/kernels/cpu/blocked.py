@@ -51,8 +51,12 @@ def linear(
     act_pre_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`reference.linear`; weights are rounded to ``dtype``, where it is given."""
-    product = _multiplied_in(dtype or reference.compute_dtype(x, weight.scale))
+    """:func:`reference.linear`; weights are rounded to ``dtype``, where it is given.
+
+    For bfloat16 ``x`` they are rounded to bfloat16 in any case, as tiles do.
+    """
+    wider = reference.compute_dtype(x, weight.scale)
+    product = _multiplied_in(dtype or (x.dtype if x.dtype == torch.bfloat16 else wider))
     xc = reference.pre_scaled(x, act_pre_scale).to(product)
     y = x.new_empty((x.shape[0], weight.N))
     for rows, w in _blocks(weight, dtype or product):

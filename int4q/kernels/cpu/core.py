@@ -82,15 +82,14 @@ def _cpu_linear(
     """
     weight = Weight(qdata.view(torch.int8), scale, zero_point, group_size, signed)
     flat = reference.pre_scaled(x, act_pre_scale).reshape(-1, x.shape[-1])
-    by_blocks = functools.partial(
-        blocked.linear, weight=weight, bias=bias, dtype=x.dtype if rounded else None
-    )
+    by_blocks = functools.partial(blocked.linear, weight=weight, bias=bias)
     product = Product.BF16 if rounded else Product.EXACT
     facts = x.dtype, scale.dtype, flat.shape[0], weight.N, weight.K, group_size
     if native.unsupported(Problem("int4_linear", "cpu", *facts), product) is None:
-        y = native.linear(flat, weight, bias, product, by_blocks)
+        exact = functools.partial(by_blocks, dtype=reference.compute_dtype(x, scale))
+        y = native.linear(flat, weight, bias, product, exact)
     else:
-        y = by_blocks(flat)
+        y = by_blocks(flat, dtype=x.dtype if rounded else None)
     return y.view(*x.shape[:-1], weight.N)
 
 

@@ -41,7 +41,8 @@ def _linear(
     """:func:`native.linear`; NaN and Inf in ``x`` as in torch."""
     if core.load()[0] is not None:
         return core.linear(x, weight, bias, act_pre_scale)
-    by_blocks = partial(blocked.linear, weight=weight, bias=bias)
+    exact = reference.compute_dtype(x, weight.scale)
+    by_blocks = partial(blocked.linear, weight=weight, bias=bias, dtype=exact)
     x = reference.pre_scaled(x, act_pre_scale)
     return native.linear(x, weight, bias, out_of_range_rows=by_blocks)
 

@@ -7,6 +7,7 @@ from int4q.kernels.cuda.entries import (
     EXPERTS_BMM,
     EXPERTS_GROUPED,
     SMALL_BATCH,
+    WARP_SPECIALISED,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "EXPERTS_BMM",
     "EXPERTS_GROUPED",
     "SMALL_BATCH",
+    "WARP_SPECIALISED",
 ]

@@ -9,11 +9,12 @@ from int4q.kernels.registry import Kernel, KernelPreference, Problem
 
 SMALL_WEIGHT = 1 << 21
 """Elements up to which a weight counts as small: the crossovers below are others for it."""
+_LARGE_N = 16384
 _SMALL_BATCH_N, _SMALL_BATCH_K = 4224, 6144
 """Up to here the CUDA small-batch kernel beats the Gluon one. Measured: 5 to 20 % faster at
 4096 x 4096, 5 to 30 % slower at 4096 x 14336, 21504 x 5376 and 28672 x 4096; K interpolated."""
-_DECODE, _SMALL_BATCH, _EXPERTS = (
-    f"{__package__}.{name}" for name in ("decode", "small_batch", "experts")
+_DECODE, _SMALL_BATCH, _WARP_SPECIALISED, _EXPERTS = (
+    f"{__package__}.{name}" for name in ("decode", "small_batch", "warp_specialised", "experts")
 )
 
 
@@ -51,6 +52,16 @@ def _small_batch_unsupported(problem: Problem) -> str | None:
     return _not_compiled()
 
 
+def _warp_specialised_unsupported(problem: Problem) -> str | None:
+    if reason := module(_WARP_SPECIALISED).unsupported(problem):
+        return reason
+    M, N = problem.M, problem.N
+    # Measured: the decode kernel on 4096 x 4096 and on smaller weights, and to 8 rows.
+    if M < 8 or (M == 8 and (problem.group_size > 32 or N < _LARGE_N)):
+        return f"M={M}: the decode kernel is faster for this shape"
+    return _not_compiled()
+
+
 def _experts_unsupported(problem: Problem) -> str | None:
     return module(_EXPERTS).unsupported(problem) or _not_compiled()
 
@@ -63,5 +74,8 @@ DECODE = _kernel("cuda_decode", _decode_unsupported, _DECODE)
 DECODE_INT8 = _kernel("cuda_decode_w4a8", _decode_unsupported, _DECODE, activation=torch.int8)
 DECODE_ROUNDED = _kernel("cuda_decode", _rounded_unsupported, _DECODE, "linear_rounded")
 SMALL_BATCH = _kernel("cuda_small_batch", _small_batch_unsupported, _SMALL_BATCH)
+WARP_SPECIALISED = _kernel(
+    "cuda_warp_specialised", _warp_specialised_unsupported, _WARP_SPECIALISED
+)
 EXPERTS_BMM = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_bmm")
 EXPERTS_GROUPED = _kernel("cuda_experts", _experts_unsupported, _EXPERTS, "int4_grouped_mm")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from int4q.kernels.launch import nvrtc, record
+from int4q.kernels.launch import nvrtc, record, tensor_map
 from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
@@ -40,6 +40,13 @@ class Parts(NamedTuple):
     weight: Weight
     bias: Tensor | None
     pre_scale: Tensor | None
+
+
+class Map(NamedTuple):
+    """A tensor map of one of the parts."""
+
+    tensor: Tensor
+    encoded: bytes
 
 
 def unsupported_weight(problem: Problem) -> str | None:
@@ -71,7 +78,7 @@ class Product:
         self.shape = x.shape[0], weight.N
         self.scratch_bytes = 0
         self._fixed = b""
-        self._launches: list[tuple[int, int, int, int]] = []
+        self._launches: list[tuple[int, int, int, int, tuple[Map, ...]]] = []
 
     @property
     def dependent(self) -> bool:
@@ -102,10 +109,17 @@ class Product:
             self._fixed += bytes(8) + stack
 
     def launch(
-        self, module: nvrtc.Module, name: str, grid: int, block: int, shared_bytes: int = 0
+        self,
+        module: nvrtc.Module,
+        name: str,
+        grid: int,
+        block: int,
+        shared_bytes: int = 0,
+        maps: tuple[Map, ...] = (),
     ) -> None:
-        """Launch the kernel ``name`` in :meth:`run`."""
-        self._launches.append((module.function(name, shared_bytes), grid, block, shared_bytes))
+        """Launch the kernel ``name`` in :meth:`run`; ``maps`` are its second parameter."""
+        function = module.function(name, shared_bytes)
+        self._launches.append((function, grid, block, shared_bytes, maps))
 
     def run(self, parts: Parts, offs: Tensor | None) -> Tensor:
         """The launches, into new memory: ``[M, N]``."""
@@ -125,9 +139,17 @@ class Product:
             if tensor is not None
         )
         parameters = bytes(_POINTERS_BYTES) + self._fixed
-        for function, grid, block, shared_bytes in self._launches:
+        maps_at = -(-len(parameters) // tensor_map.ALIGN) * tensor_map.ALIGN
+        for function, grid, block, shared_bytes, maps in self._launches:
             shape = (grid, 1, 1), block, shared_bytes, self.dependent
-            record.launch(Launch(function, *shape, parameters, (0,), pointers), self.index)
+            all_bytes = parameters.ljust(maps_at, b"\0") + b"".join(m.encoded for m in maps)
+            moved = tuple(
+                (maps_at + i * tensor_map.BYTES, Address(ABSOLUTE, m.tensor.data_ptr()))
+                for i, m in enumerate(maps)
+            )
+            offsets = (0, maps_at) if maps else (0,)
+            step = Launch(function, *shape, all_bytes, offsets, pointers, moved)
+            record.launch(step, self.index)
         return out
 
 

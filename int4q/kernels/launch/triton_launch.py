@@ -5,7 +5,6 @@ Triton's launch hooks see the first call of a kind only: later ones are replayed
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import struct
@@ -14,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import triton
 from torch import Tensor
 
-from int4q.kernels.launch import driver, images, record
+from int4q.kernels.launch import images, record
 from int4q.kernels.launch.plan import ABSOLUTE, Address, Launch
+from int4q.kernels.launch.tensor_map import ALIGN, encode
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's CPU interpreter runs the kernels (fixed when Triton is first imported)."""
@@ -25,8 +25,6 @@ _INTEGERS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
     "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
 }  # fmt: skip
-_MAP_BYTES, _MAP_ALIGN = 128, 64
-_PROMOTE_TO_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 
 
 @functools.cache
@@ -77,7 +75,7 @@ def noted(compiled, grid: Sequence[int], args: Sequence) -> Launch:
         elif kind == "map":
             descriptor, layout = value
             box = tensor_map(descriptor, layout)
-            maps.append((put(box, _MAP_ALIGN), Address(ABSOLUTE, descriptor.base.data_ptr())))
+            maps.append((put(box, ALIGN), Address(ABSOLUTE, descriptor.base.data_ptr())))
         else:
             packed = struct.pack(f"={kind}", value)
             put(packed, len(packed))
@@ -117,24 +115,12 @@ def tensor_map(descriptor, layout: dict) -> bytes:
 
     if descriptor.padding != "zero" or layout["fp4_padded"]:
         raise RuntimeError("only plain zero-padded tensor maps can be replayed")
-    memory = (ctypes.c_char * (_MAP_BYTES + _MAP_ALIGN))()
-    shift = -ctypes.addressof(memory) % _MAP_ALIGN
-    box = (ctypes.c_char * _MAP_BYTES).from_buffer(memory, shift)
-    rank, size = len(descriptor.shape), layout["elem_size"]
-    strides = [size * stride for stride in descriptor.strides[:-1]]
-    driver.call(
-        "cuTensorMapEncodeTiled",
-        box,
+    size = layout["elem_size"]
+    return encode(
+        descriptor.base.data_ptr(),
         TMA_DTYPE_DEVICE_TO_HOST[layout["elem_type"]],
-        rank,
-        ctypes.c_void_p(descriptor.base.data_ptr()),
-        (ctypes.c_uint64 * rank)(*reversed(descriptor.shape)),
-        (ctypes.c_uint64 * rank)(*reversed(strides)),
-        (ctypes.c_uint32 * rank)(*reversed(layout["block_size"])),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
-        0,  # not interleaved
+        descriptor.shape,
+        [size * stride for stride in descriptor.strides[:-1]],
+        layout["block_size"],
         layout["swizzle"],
-        _PROMOTE_TO_128_BYTES,
-        0,  # zeros outside
     )
-    return bytes(box)

@@ -10,8 +10,9 @@ import subprocess
 
 import pytest
 import torch
+from cuda_cases import Case
 
-from int4q.kernels.cuda import decode
+from int4q.kernels.cuda import decode, warp_specialised, warp_specialised_config
 from int4q.kernels.cuda import small_batch as cuda_small_batch
 from int4q.kernels.cuda.small_batch import Config, choose_config, defines
 from int4q.kernels.launch import nvrtc
@@ -58,6 +59,43 @@ def test_rounded_decode_compiles_in_registers(M, N, group_size, tmp_path):
 @pytest.mark.parametrize("case", UNIQUE, ids=lambda case: "-".join(map(str, case.values())))
 def test_compiles_in_registers(case, tmp_path):
     compile_in_registers(cuda_small_batch._source(), case, "int4_small_batch", tmp_path)
+
+
+def warp_specialised_defines(case: Case) -> dict[str, int]:
+    """The warp-specialised kernel's compile-time parameters on an H200."""
+    N, K, group_size = case.N, case.K, case.group_size
+    scale = torch.empty(K // group_size, N, dtype=case.scale)
+    if case.coalesced:
+        scale = scale.mT.contiguous().mT
+    packed = torch.empty(N, K // 2, dtype=torch.int8)
+    zeros = None if case.symmetric else scale
+    weight = Weight(packed, scale, zeros, group_size, signed=not case.symmetric)
+    parts = Parts(torch.empty(case.M, K, dtype=case.x), weight, None, None)
+    config = warp_specialised_config.choose_config(
+        case.M, N, K, group_size, case.symmetric, sm_count=132
+    )
+    return warp_specialised.defines(parts, config)
+
+
+WARP_SPECIALISED_CASES = [
+    *(
+        Case(M, N, 4096, group_size)
+        for N in (512, 4096, 8192, 12288, 21504, 28672)
+        for M, group_size in ((16, 128), (64, 32))
+    ),
+    *(Case(M, 28672, 4096, group_size) for M, group_size in ((8, 32), (32, 128), (40, 256))),
+    Case(64, 28672, 4096, 128, coalesced=True, symmetric=True),
+    Case(24, 21504, 4096, 64, coalesced=True),
+    Case(40, 4096, 4096, 256, FP16, FP16),
+    Case(16, 28672, 4096, 64, BF16, FP32),
+    Case(56, 21504, 4096, 64, FP16, BF16, coalesced=True),
+]
+
+
+@pytest.mark.parametrize("case", WARP_SPECIALISED_CASES, ids=str)
+def test_warp_specialised_compiles_in_registers(case, tmp_path):
+    facts = warp_specialised_defines(case)
+    compile_in_registers(warp_specialised.source(), facts, "int4_warp_specialised", tmp_path)
 
 
 def compile_in_registers(source: str, case: dict[str, int], kernel: str, tmp_path) -> None:

@@ -116,6 +116,20 @@ static TARGET_512 void pack_unit(const int4q_args *a, const packed_x *p, int64_t
     }
 }
 
+/* Where a row's four scales of a unit lie ("quads"). */
+INLINE int row_slot(int row) { return (row & 3) * 4 + (row >> 2); }
+
+/* [4 groups][16 rows] -> [slot of the row][4]: 4x4 transposes inside each 128-bit lane put row
+ * 4 * lane + j into lane `lane` of register j. */
+INLINE TARGET_512 void store_quads(const __m512 r[4], float *quad) {
+    const __m512 ab_lo = _mm512_unpacklo_ps(r[0], r[1]), ab_hi = _mm512_unpackhi_ps(r[0], r[1]);
+    const __m512 cd_lo = _mm512_unpacklo_ps(r[2], r[3]), cd_hi = _mm512_unpackhi_ps(r[2], r[3]);
+    _mm512_store_ps(quad, _mm512_shuffle_ps(ab_lo, cd_lo, 0x44));
+    _mm512_store_ps(quad + 16, _mm512_shuffle_ps(ab_lo, cd_lo, 0xee));
+    _mm512_store_ps(quad + 32, _mm512_shuffle_ps(ab_hi, cd_hi, 0x44));
+    _mm512_store_ps(quad + 48, _mm512_shuffle_ps(ab_hi, cd_hi, 0xee));
+}
+
 /* scale and zero_point of a panel for one unit: a value for each row (groups of 128 and more), or
  * quads as in decode. */
 typedef struct {

@@ -3,207 +3,44 @@
 
 #ifdef INT4Q_X86
 
-#include "avx512.h"
+#include "avx512_units.h"
 
-/* Scales of a block. Groups of 128 and more: [G][16 rows], one value for a register of weights.
- * Smaller ones ("quads"): [unit][slot of the row][4], a value for each 32 k of a unit. */
-
-INLINE TARGET_512 void zeros_by_group(const int4q_args *a, int64_t n0, int blocks,
-                                       int64_t groups, const block_params *to) {
-    for (int64_t g = 0; g < groups; g++)
+/* Scales or zero points of `blocks` blocks of 16 rows, each as [count][16 rows], entry i those of
+ * k = i * step; 0 past N and K. */
+INLINE TARGET_512 void convert_kind(const int4q_args *a, const void *p, const int64_t kind,
+                                    int64_t stride_g, int64_t stride_n, int64_t n0, int blocks,
+                                    int64_t step, int64_t count, float *to, int64_t size) {
+    const int all_rows = n0 + blocks * ROWS <= a->N;
+    for (int64_t i = 0; i < count; i++)
         for (int b = 0; b < blocks; b++) {
-            const int64_t n = n0 + b * ROWS;
-            _mm512_store_ps(to->zero + b * to->zero_size + g * ROWS,
-                            load_zero(a, g, n, lanes(a->N - n)));
+            const int64_t n = n0 + b * ROWS, k = i * step;
+            const __mmask16 rows = all_rows ? 0xffff : lanes(a->N - n);
+            const __m512 entries = load_params(p, kind, stride_g, stride_n, k / a->group, n,
+                                               p && k < a->K ? rows : 0);
+            _mm512_store_ps(to + b * size + i * ROWS, entries);
         }
 }
 
-INLINE TARGET_512 void scales_by_group(const int4q_args *a, int64_t n0, int blocks,
-                                        int64_t groups, const block_params *to) {
-    for (int64_t g = 0; g < groups; g++)
-        for (int b = 0; b < blocks; b++) {
-            const int64_t n = n0 + b * ROWS;
-            _mm512_store_ps(to->scale + b * to->scale_size + g * ROWS,
-                            load_scale(a, g, n, lanes(a->N - n)));
-        }
+static TARGET_512 void convert_params(const int4q_args *a, const void *p, int64_t stride_g,
+                                      int64_t stride_n, int64_t n0, int blocks, int64_t step,
+                                      int64_t count, float *to, int64_t size) {
+#define CONVERT(kind) \
+    if (a->scale_kind == kind) \
+        convert_kind(a, p, kind, stride_g, stride_n, n0, blocks, step, count, to, size)
+    CONVERT(KIND_BF16);
+    CONVERT(KIND_FP16);
+    CONVERT(KIND_FP32);
 }
 
-INLINE TARGET_512 void scales_by_quad(const int4q_args *a, int64_t n0, int blocks,
-                                       int64_t units, const block_params *to) {
-    for (int64_t unit = 0; unit < units; unit++) {
-        __m512 r[MAX_BLOCKS][4];
-        for (int i = 0; i < 4; i++) {
-            const int64_t k = unit * UNIT_K + i * 32;
-            for (int b = 0; b < blocks; b++) {
-                const int64_t n = n0 + b * ROWS;
-                const __mmask16 mask = k < a->K ? lanes(a->N - n) : 0;
-                r[b][i] = load_scale(a, k < a->K ? k / a->group : 0, n, mask);
-            }
-        }
-        for (int b = 0; b < blocks; b++)
-            store_quads(r[b], to->scale + b * to->scale_size + unit * ROWS * 4);
-    }
-}
-
-INLINE TARGET_512 __m512 row_scale(const float *scales, int quads, int64_t unit, int row,
-                                    int unit_shift) {
-    if (!quads) return _mm512_set1_ps(scales[(unit >> unit_shift) * ROWS + row]);
-    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m128 four = _mm_load_ps(scales + (unit * ROWS + row_slot(row)) * 4);
-    return _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four));
-}
-
-/* Sum over one unit of u * v - 8 * v = q * v for one row of x, exact, times d. */
-INLINE TARGET_512 __m512 dot_unit(__m512i even, __m512i odd, const uint8_t *x, int limbs) {
-    const __m512i *limb = (const __m512i *)x;
-    const __m512i *offset = limb + 2 * limbs;
-    __m512i l0 = _mm512_dpbusd_epi32(_mm512_load_si512(offset), even, _mm512_load_si512(limb));
-    l0 = _mm512_dpbusd_epi32(l0, odd, _mm512_load_si512(limb + 1));
-    if (limbs == X_INT8)
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(l0), _mm512_load_ps((const float *)(offset + 1)));
-    __m512i l1 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(limb + 2));
-    l1 = _mm512_dpbusd_epi32(l1, odd, _mm512_load_si512(limb + 3));
-    __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(l1, 8), l0));
-    if (limbs == X_INT24) {
-        __m512i l2 =
-            _mm512_dpbusd_epi32(_mm512_load_si512(offset + 1), even, _mm512_load_si512(limb + 4));
-        l2 = _mm512_dpbusd_epi32(l2, odd, _mm512_load_si512(limb + 5));
-        dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(l2), _mm512_set1_ps(65536.0f), dot);
-    }
-    return _mm512_mul_ps(dot, _mm512_load_ps((const float *)(offset + limbs - 1)));
-}
-
-/* u = q + 8 of the even and the odd k in 64 bytes; flip is 0x88 a byte for signed nibbles. */
-INLINE TARGET_512 void unpack_unsigned(__m512i w, __m512i flip, __m512i *even, __m512i *odd) {
-    const __m512i low = _mm512_set1_epi8(0x0f);
-    enum { XOR_THEN_AND = 0x28 };
-    *even = _mm512_ternarylogic_epi32(w, flip, low, XOR_THEN_AND);
-    *odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), flip, low, XOR_THEN_AND);
-}
-
-typedef struct {
-    const uint8_t *row[ROWS]; /* past N: the last row again */
-    const float *scales, *zeros;
-    int64_t full_units;  /* of these 64 bytes may be read */
-    __mmask16 tail_mask; /* dwords of the last, shorter unit */
-    int unit_shift;      /* log2 of the units in a group */
-    int64_t prefetch;    /* from a byte to the one that is needed some rows later */
-    __m512 q;  /* of each nibble */
-    char flip; /* what turns a byte of nibbles into offset binary */
-} weight_rows;
-
-/* acc[row][m] += one unit of R rows from `first` on; x in one form. */
-typedef void (*unit_fn)(const weight_rows *w, const uint8_t *const row[], int first, int64_t unit,
-                        __mmask16 mask, const uint8_t *x, __m512 *acc, const int M, const int R,
-                        const int form, const int quads);
-
-INLINE TARGET_512 void limbs_unit(const weight_rows *w, const uint8_t *const row[], int first,
-                                   int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
-                                   const int M, const int R, const int form, const int quads) {
-    __m512i even[MAX_R], odd[MAX_R];
-    __m512 scale[MAX_R];
-    const __m512i flip = _mm512_set1_epi8(w->flip);
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        const uint8_t *at = row[r] + unit * 64;
-        unpack_unsigned(_mm512_maskz_loadu_epi32(mask, at), flip, &even[r], &odd[r]);
-        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
-        scale[r] = row_scale(w->scales, quads, unit, first + r, w->unit_shift);
-    }
-    UNROLL
-    for (int m = 0; m < M; m++)
-        UNROLL
-        for (int r = 0; r < R; r++)
-            acc[r * M + m] =
-                _mm512_fmadd_ps(dot_unit(even[r], odd[r], x + m * unit_bytes(form), form),
-                                scale[r], acc[r * M + m]);
-}
-
-INLINE const float *scales_of_row(const weight_rows *w, const int quads, int64_t unit, int row) {
-    if (quads) return w->scales + (unit * ROWS + row_slot(row)) * 4;
-    return w->scales + (unit >> w->unit_shift) * ROWS + row;
-}
-
-/* The bf16 values of the nibbles that `shift` brings to the bottom of each word. vpermw looks at 5
- * bits of an index and vpermt2w at 6: with one scale a unit the fifth is some other nibble's and the
- * table holds its 16 entries twice, with four they say which 32 k the word is in. */
-INLINE TARGET_BF16 __m512i look_up_bf16(__m512i shifted, const __m512i table[2],
-                                        const int quads) {
-    if (!quads) return _mm512_permutexvar_epi16(shifted, table[0]);
-    const __m512i low = _mm512_set1_epi16(0x0f);
-    const __m512i quad = _mm512_set_epi64(
-        0x0030003000300030, 0x0030003000300030, 0x0020002000200020, 0x0020002000200020,
-        0x0010001000100010, 0x0010001000100010, 0, 0);
-    enum { AND_THEN_OR = 0xea };
-    const __m512i index = _mm512_ternarylogic_epi32(shifted, low, quad, AND_THEN_OR);
-    return _mm512_permutex2var_epi16(table[0], index, table[1]);
-}
-
-INLINE TARGET_BF16 void bf16_unit(const weight_rows *w, const uint8_t *const row[], int first,
-                                  int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
-                                  const int M, const int R, const int form, const int quads) {
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        const uint8_t *at = row[r] + unit * 64;
-        const float *scale = scales_of_row(w, quads, unit, first + r);
-        const __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
-        __m512 value[4]; /* of each nibble, with each of the unit's scales */
-        __m512i table[2], weight[4];
-        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
-        for (int i = 0; i < (quads ? 4 : 1); i++)
-            value[i] = _mm512_mul_ps(w->q, _mm512_set1_ps(scale[i]));
-        table[0] = (__m512i)_mm512_cvtne2ps_pbh(value[quads ? 1 : 0], value[0]);
-        table[1] = quads ? (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]) : table[0];
-        weight[0] = look_up_bf16(nibbles, table, quads);
-        weight[1] = look_up_bf16(_mm512_srli_epi16(nibbles, 4), table, quads);
-        weight[2] = look_up_bf16(_mm512_srli_epi16(nibbles, 8), table, quads);
-        weight[3] = look_up_bf16(_mm512_srli_epi16(nibbles, 12), table, quads);
-        UNROLL
-        for (int m = 0; m < M; m++) {
-            const __m512i *from = (const __m512i *)(x + m * unit_bytes(form));
-            __m512bh x_row[4];
-            UNROLL
-            for (int j = 0; j < 4; j++) x_row[j] = (__m512bh)_mm512_load_si512(from + j);
-            __m512 sum = acc[r * M + m];
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)weight[0], x_row[0]);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)weight[1], x_row[1]);
-            /* One row of x has too few sums to hide the latency of a chain of four. */
-            __m512 rest = M == 1 ? _mm512_setzero_ps() : sum;
-            rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[2], x_row[2]);
-            rest = _mm512_dpbf16_ps(rest, (__m512bh)weight[3], x_row[3]);
-            acc[r * M + m] = M == 1 ? _mm512_add_ps(sum, rest) : rest;
-        }
-    }
-}
-
-/* Rounded to bf16, still float. */
-INLINE TARGET_512 __m512 through_bf16(__m512 f) { return bf16_to_float(float_to_bf16(f)); }
-
-/* bf16_unit for a CPU without bf16 products. vpermps looks at 4 bits of an index: four scales a unit
- * are four tables, each for its lanes. */
-INLINE TARGET_512 void float_unit(const weight_rows *w, const uint8_t *const row[], int first,
-                                   int64_t unit, __mmask16 mask, const uint8_t *x, __m512 *acc,
-                                   const int M, const int R, const int form, const int quads) {
-    for (int r = 0; r < R; r++) {
-        const uint8_t *at = row[r] + unit * 64;
-        const float *scale = scales_of_row(w, quads, unit, first + r);
-        __m512i nibbles = _mm512_maskz_loadu_epi32(mask, at);
-        __m512 table[4];
-        _mm_prefetch((const char *)at + w->prefetch, _MM_HINT_T0);
-        for (int i = 0; i < (quads ? 4 : 1); i++)
-            table[i] = through_bf16(_mm512_mul_ps(w->q, _mm512_set1_ps(scale[i])));
-        for (int j = 0; j < 8; j++, nibbles = _mm512_srli_epi32(nibbles, 4)) {
-            __m512 weight = _mm512_permutexvar_ps(nibbles, table[0]);
-            for (int i = 1; i < (quads ? 4 : 1); i++)
-                weight = _mm512_mask_permutexvar_ps(weight, (__mmask16)(0xf << 4 * i), nibbles,
-                                                    table[i]);
-            UNROLL
-            for (int m = 0; m < M; m++) {
-                const float *to = (const float *)(x + m * unit_bytes(form)) + j * 16;
-                acc[r * M + m] = _mm512_fmadd_ps(weight, _mm512_load_ps(to), acc[r * M + m]);
-            }
-        }
-    }
+/* Ask for what the next batch of parameters will convert, spread over this block's units: the entries
+ * of one g are a few lines, and those of the next lie in another page, so that no prefetcher of the
+ * CPU's finds them. */
+INLINE TARGET_512 void prefetch_next(const weight_rows *w, int64_t unit, int64_t part,
+                                     const int quads) {
+    if (part >= (quads ? QUAD : 1)) return;
+    const int64_t g = quads ? unit * QUAD + part : unit >> w->unit_shift;
+    _mm_prefetch(w->next_scale + g * w->next_scale_stride, _MM_HINT_T1);
+    _mm_prefetch(w->next_zero + g * w->next_zero_stride, _MM_HINT_T1);
 }
 
 /* Adds units [begin, end) of R rows from `first` on to sums[row][m], 16 partial sums each. */
@@ -220,8 +57,10 @@ INLINE TARGET_512 void decode_rows(const weight_rows *w, const turned_x *t, int 
     const uint8_t *x = t->units_x + begin * M * unit_bytes(form);
     const int64_t full = min64(end, w->full_units);
     int64_t unit = begin;
-    for (; unit < full; unit++, x += M * unit_bytes(form))
+    for (; unit < full; unit++, x += M * unit_bytes(form)) {
+        prefetch_next(w, unit, first / R, quads);
         decode_unit(w, row, first, unit, 0xffff, x, acc, M, R, form, quads);
+    }
     if (unit < end)
         decode_unit(w, row, first, unit, w->tail_mask, x, acc, M, R, form, quads);
     UNROLL
@@ -268,6 +107,7 @@ typedef void (*block_fn)(const weight_rows *, const turned_x *, __m512 *sums, __
     DEFINE_BLOCK(TARGET_512, X_INT16, limbs_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_512, X_INT24, limbs_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_BF16, X_BF16, bf16_unit, M, R, quads)   \
+    DEFINE_BLOCK(TARGET_BF16, X_BF16_EXACT, exact_unit, M, R, quads) \
     DEFINE_BLOCK(TARGET_512, X_FLOAT, float_unit, M, R, quads)
 #define DEFINE_BLOCKS(M, R)   \
     DEFINE_BLOCKS_OF(M, R, 0) \
@@ -285,7 +125,7 @@ static block_fn choose_block(int64_t M, int form, int quads) {
 #define OF_FORM(form, M) {block_##form##_##M##_0, block_##form##_##M##_1}
 #define OF_M(M)                                                                          \
     {OF_FORM(X_INT8, M), OF_FORM(X_INT16, M), OF_FORM(X_INT24, M), OF_FORM(X_BF16, M), \
-     OF_FORM(X_FLOAT, M)}
+     OF_FORM(X_FLOAT, M), OF_FORM(X_BF16_EXACT, M)}
     static const block_fn table[MAX_CHUNK_M][FORMS][2] = {OF_M(1), OF_M(2), OF_M(3), OF_M(4),
                                                           OF_M(5), OF_M(6), OF_M(7), OF_M(8)};
     return table[M - 1][form - 1][quads];
@@ -304,29 +144,49 @@ INLINE TARGET_512 void finish_block(const int4q_args *a, const turned_x *t, cons
     }
 }
 
+/* Rows of weights are asked for at least so many bytes ahead, which is a memory's latency. */
+enum { PREFETCH_BYTES = 16 << 10 };
+
+/* Line `line` of the entries of each group from row n0 on. */
+INLINE void set_next(const int4q_args *a, weight_rows *w, int64_t n0, int64_t line) {
+    const int64_t size = a->scale_kind == KIND_FP32 ? 4 : 2, n = n0 + line * 64 / size;
+    const int scale = a->scale_stride_n == 1 && n < a->N;
+    const int zero = a->zero && a->zero_stride_n == 1 && n < a->N;
+    const char *nothing = (const char *)w->row[0];
+    w->next_scale = scale ? (const char *)a->scale + n * size : nothing;
+    w->next_zero = zero ? (const char *)a->zero + n * size : nothing;
+    w->next_scale_stride = scale ? a->scale_stride_g * size : 0;
+    w->next_zero_stride = zero ? a->zero_stride_g * size : 0;
+}
+
+INLINE TARGET_512 __m512i twice(__m256i half) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+}
+
 /* A block meets one chunk of x after the other while its weights are in cache. */
 static TARGET_512 void decode_blocks(const int4q_args *a, const all_x *x, range blocks,
                                       const block_params *params) {
     const int quads = a->group < UNIT_K;
-    const int64_t units = x->whole.units, groups = x->whole.groups;
+    const int64_t groups = x->whole.groups, step = quads ? UNIT_K / QUAD : a->group;
+    const int64_t steps = quads ? x->whole.units * QUAD : groups;
     weight_rows w = {.full_units = a->K / UNIT_K,
                      .tail_mask = lanes(a->K % UNIT_K / 8),
                      .unit_shift = a->group > UNIT_K,
-                     .prefetch = 4 * a->q_stride,
+                     .prefetch = ceil_div(PREFETCH_BYTES, 4 * a->q_stride) * 4 * a->q_stride,
                      .q = q_of_nibbles(a->offset_binary),
+                     .q_bf16 = twice(float_to_bf16(q_of_nibbles(a->offset_binary))),
                      .flip = a->offset_binary ? 0 : (char)0x88};
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
         const int64_t n0 = block * ROWS;
         const int64_t at = (block - blocks.begin) % params->blocks;
         if (at == 0) {
             const int count = (int)min64(params->blocks, blocks.end - block);
-            if (quads)
-                scales_by_quad(a, n0, count, units, params);
-            else
-                scales_by_group(a, n0, count, groups, params);
-            zeros_by_group(a, n0, count, groups, params);
+            convert_params(a, a->scale, a->scale_stride_g, a->scale_stride_n, n0, count, step,
+                           steps, params->scale, params->scale_size);
+            convert_params(a, a->zero, a->zero_stride_g, a->zero_stride_n, n0, count, a->group,
+                           groups, params->zero, params->zero_size);
         }
-        prefetch_params(a, params, n0 + (params->blocks - at) * ROWS, at);
+        set_next(a, &w, n0 + (params->blocks - at) * ROWS, at);
         w.scales = params->scale + at * params->scale_size;
         w.zeros = params->zero + at * params->zero_size;
         for (int r = 0; r < ROWS; r++)

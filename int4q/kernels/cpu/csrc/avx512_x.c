@@ -127,19 +127,28 @@ INLINE TARGET_512 void turn_floats(__m512 lo, __m512 hi, uint8_t *unit, int chun
     store_lanes(_mm512_castps_si512(_mm512_permutex2var_ps(lo, upper, hi)), unit, 4, chunk);
 }
 
+/* NaN where the sum q * x of a lane could leave the range of float, or x does. */
+INLINE TARGET_512 float sum_in_range(__m512 lo, __m512 hi) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i bits_lo = _mm512_and_si512(_mm512_castps_si512(lo), magnitude);
+    const __m512i bits_hi = _mm512_and_si512(_mm512_castps_si512(hi), magnitude);
+    if (beyond_range(_mm512_max_epi32(bits_lo, bits_hi))) return __builtin_nanf("");
+    return _mm512_reduce_add_ps(_mm512_add_ps(lo, hi));
+}
+
 /* 32 k of a row of x from element `at` on, those in the mask; their sum. */
 INLINE TARGET_512 float turn_chunk(const int4q_args *a, int form, int64_t at, __mmask16 mask,
                                     uint8_t *unit, int chunk) {
     const __m512i even_index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
                                                 2, 0);
     const __m512i odd_index = _mm512_add_epi32(even_index, _mm512_set1_epi32(1));
-    if (form == X_BF16) {
-        const uint16_t *x = (const uint16_t *)a->x + at;
-        turn_bf16(mask ? _mm512_loadu_si512(x) : _mm512_setzero_si512(), unit, chunk);
-        return 0; /* no zero points */
-    }
     const __m512 lo = load_floats(a->x, a->x_kind, at, mask);
     const __m512 hi = load_floats(a->x, a->x_kind, at + (mask ? 16 : 0), mask);
+    if (form == X_BF16 || form == X_BF16_EXACT) {
+        const uint16_t *x = (const uint16_t *)a->x + at;
+        turn_bf16(mask ? _mm512_loadu_si512(x) : _mm512_setzero_si512(), unit, chunk);
+        return form == X_BF16 ? 0 : sum_in_range(lo, hi); /* X_BF16: no zero points */
+    }
     if (form == X_FLOAT) {
         turn_floats(lo, hi, unit, chunk);
         return 0;

@@ -76,14 +76,16 @@ INLINE int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work)
  *   d           float [16]
  * X_BF16: bf16 [4][32], word i of row j is k = 4 i + j: shifting a word of weights right by 4 j
  * brings that k's nibble down.
+ * X_BF16_EXACT: the same, for weights that are q, and q * x exact.
  * X_FLOAT: float [8][16], lane i of row j is k = 8 i + j, likewise.
  * ------------------------------------------------------------------------------------------- */
 
 enum { UNIT_K = 128, SPAN_K = 256, MAX_CHUNK_M = 8, ROWS = 16, MAX_R = 4 };
-enum { X_INT8 = 1, X_INT16 = 2, X_INT24 = 3, X_BF16 = 4, X_FLOAT = 5, FORMS = 5 };
+enum { FORMS = 6 };
+enum { X_INT8 = 1, X_INT16 = 2, X_INT24 = 3, X_BF16 = 4, X_FLOAT = 5, X_BF16_EXACT = 6 };
 
 INLINE int64_t unit_bytes(int form) {
-    if (form == X_BF16) return 4 * 64;
+    if (form == X_BF16 || form == X_BF16_EXACT) return 4 * 64;
     if (form == X_FLOAT) return 8 * 64;
     return form * 128 + (form == X_INT24 ? 2 : 1) * 64 + 64;
 }
@@ -139,7 +141,7 @@ INLINE turned_x chunk_of(const all_x *x, int64_t chunk) {
 /* Parameters of blocks of 16 rows, float: as an instruction set's products want the scales (no more
  * than scale_size of a block), zero points as [G][16 rows]. They are converted for a batch of blocks
  * at a time, because the entries of another g may lie in another page. */
-enum { MAX_BLOCKS = 16 };
+enum { MAX_BLOCKS = 4 };
 
 typedef struct {
     int64_t scale_size, zero_size; /* floats of a block */

@@ -44,11 +44,14 @@ static int form_of_halves(const int4q_args *a, const kernels_of *kernels) {
 
 /* How the products want x; 0 where they are not to be had. */
 static int form_of_x(const int4q_args *a, const kernels_of *kernels) {
+    const int bf16_products =
+        a->x_kind == KIND_BF16 && kernels->feature == FEATURE_AVX512 && has_feature(a, FEATURE_BF16);
     if (a->product == PRODUCT_INT8) return X_INT8;
+    if (a->product == PRODUCT_EXACT && bf16_products) return X_BF16_EXACT;
     if (a->product == PRODUCT_EXACT)
         return a->x_kind == KIND_FP32 ? X_INT24 : form_of_halves(a, kernels);
     if (a->x_kind != KIND_BF16 || a->zero || kernels->feature != FEATURE_AVX512) return 0;
-    return has_feature(a, FEATURE_BF16) ? X_BF16 : X_FLOAT;
+    return bf16_products ? X_BF16 : X_FLOAT;
 }
 
 enum { SMALL_BYTES = 8 << 10 }; /* what a decode takes from the stack */
