@@ -65,6 +65,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.warpgroups % self.k_parts:
             raise errors.value("warpgroups must be a multiple of k_parts", self)
+        if self.tile_rows % 8 or self.tile_rows > self.capacity:
+            rule = f"tile_rows must be a multiple of 8, at most {self.capacity}"
+            raise errors.value(rule, self.tile_rows)
         if self.even and self.k_parts * self.split > 1:
             raise errors.value("even shares need k_parts = split = 1", self)
 
