@@ -58,7 +58,7 @@ def facts(case: Case) -> Parts:
 WARP_SPECIALISED_CASES = [
     *(
         Case(M, N, 4096, group_size)
-        for N in (512, 4096, 8192, 12288, 21504, 28672)
+        for N in (4096, 12288, 21504, 28672)
         for M, group_size in ((16, 128), (64, 32))
     ),
     *(Case(M, 28672, 4096, group_size) for M, group_size in ((8, 32), (32, 128), (40, 256))),
