@@ -14,7 +14,7 @@ import torch
 import weights
 from torch import Tensor
 
-from int4q.kernels.cuda import decode, small_batch, warp_specialised
+from int4q.kernels.cuda import decode, warp_specialised
 from int4q.kernels.cuda.warp_specialised_config import choose_config
 from int4q.kernels.launch.planner import Parts, Planner
 from int4q.kernels.weight import Weight
@@ -118,12 +118,6 @@ def decode_operands(parts: Parts, activation: torch.dtype = BF16, config=None):
     return quantised(x, activation), product + zero, product.abs() + zero.abs()
 
 
-def small_batch_operands(parts: Parts, config=None):
-    """x and the weight, each rounded to x's dtype."""
-    w = sum(terms(parts.weight)).float().to(parts.x.dtype).double()
-    return scaled_x(parts), w, w.abs()
-
-
 def warp_specialised_operands(parts: Parts, config=None):
     """x rounded to its dtype; the weight too, unless it is sums that are scaled."""
     if config is None:
@@ -131,18 +125,12 @@ def warp_specialised_operands(parts: Parts, config=None):
         sms = torch.cuda.get_device_properties(parts.x.device).multi_processor_count
         sizes = len(parts.x), weight.N, weight.K, weight.group_size
         config = choose_config(*sizes, weight.zero_point is None, sms)
-    if not config.scale_sums:
-        return small_batch_operands(parts)
-    w = sum(terms(parts.weight))
-    return scaled_x(parts), w, w.abs()
-
-
-def scaled_x(parts: Parts) -> Tensor:
-    """float64: ``x * pre_scale``, rounded to x's dtype."""
-    x = parts.x
+    x, w = parts.x, sum(terms(parts.weight))
     if parts.pre_scale is not None:
         x = (x.float() * parts.pre_scale.float()).to(x.dtype)
-    return x.double()
+    if not config.scale_sums:
+        w = w.float().to(x.dtype).double()
+    return x.double(), w, w.abs()
 
 
 def terms(weight: Weight) -> tuple[Tensor, Tensor]:
@@ -174,5 +162,4 @@ def quantised(x: Tensor, activation: torch.dtype) -> Tensor:
 
 DECODE = Kernel(decode.linear, decode_operands, 2**-20)
 # 2 ** -18: some weights lie between two numbers of x's dtype, and float32 rounds them first here.
-SMALL_BATCH = Kernel(small_batch.linear, small_batch_operands, 2**-18)
 WARP_SPECIALISED = Kernel(warp_specialised.linear, warp_specialised_operands, 2**-18)

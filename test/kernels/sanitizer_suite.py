@@ -19,10 +19,8 @@ from int4q import CudaCoalescedInt4Tensor, Int4Tensor, kernel_preference
 from int4q.kernels import reference
 from int4q.kernels.cuda import decode as cuda_decode
 from int4q.kernels.cuda import experts as cuda_experts
-from int4q.kernels.cuda import small_batch as cuda_small_batch
 from int4q.kernels.cuda import warp_specialised as cuda_warp_specialised
-from int4q.kernels.cuda.small_batch import Config
-from int4q.kernels.cuda.warp_specialised_config import Config as WarpSpecialisedConfig
+from int4q.kernels.cuda.warp_specialised_config import Config
 from int4q.kernels.triton import experts as triton_experts
 from int4q.kernels.triton import fp8 as triton_fp8
 from int4q.kernels.triton import gluon_experts, gluon_matmul
@@ -34,7 +32,7 @@ from int4q.packing import signed_to_offset
 SHAPES = [(1, 7, 160), (3, 100, 320), (8, 64, 256), (13, 33, 192), (40, 130, 384), (300, 200, 256)]
 
 WARP_SPECIALISED = [
-    WarpSpecialisedConfig(*cut, scale_sums=scale_sums)
+    Config(*cut, scale_sums=scale_sums)
     for cut in ((1, 1, 1, True), (4,), (2, 2, 2), (1, 1, 4))
     for scale_sums in (False, True)
 ]
@@ -85,8 +83,7 @@ def symmetric(shape, x, plain) -> None:
     exact = x.double() @ w.double().mT
     check(f"int4_matmul {shape}", torch.ops.int4q.int4_matmul(x, *parts), exact, 1e-2)
     runs = {"Gluon": gluon_matmul.linear, "Triton": triton_matmul.linear}
-    if M <= cuda_small_batch.MAX_M:
-        runs["small batch"] = cuda_small_batch.linear
+    if M <= cuda_warp_specialised.MAX_M:
         runs["warp-specialised"] = cuda_warp_specialised.linear
     if M <= cuda_decode.MAX_M:
         runs["decode"] = cuda_decode.linear_rounded
@@ -147,11 +144,8 @@ def main(sections: list[int]) -> None:
                 check(f"triton {shape} {call}", F.linear(x, plain.cuda()), exact, 1e-2)
             check(f"triton a8 {shape}", F.linear(x, a8.cuda()), exact, 5e-2)
             check(f"triton a16 {shape}", F.linear(x, a16.cuda()), exact, 1e-2)
-        if M <= cuda_small_batch.MAX_M:  # every way to share the work, whatever the route
+        if M <= cuda_warp_specialised.MAX_M:  # every way to share the work, whatever the route
             weight = Weight(*plain.cuda()._weight_parts(), group_size)
-            for config in (Config(1, 2), Config(2, 1, 2, 3, 5), Config(1, split=4)):
-                got = cuda_small_batch.linear(x, weight, config=config)
-                check(f"small batch {config} {shape}", got, exact, 1e-2)
             for config in WARP_SPECIALISED:
                 got = cuda_warp_specialised.linear(x, weight, config=config)
                 check(f"warp-specialised {config} {shape}", got, exact, 1e-2)

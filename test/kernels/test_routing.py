@@ -162,24 +162,26 @@ H200 = dict(device="cuda", capability=(9, 0))
 ROUTES = [  # M, what changes, the kernel of a plain weight's F.linear on an H200
     (1, {}, "cuda_decode"),
     (8, {}, "cuda_decode"),
-    (16, {}, "cuda_decode"),
-    (16, dict(N=28672), "gluon_matmul"),
+    (12, {}, "cuda_decode"),
+    (13, {}, "cuda_warp_specialised"),
+    (9, dict(N=28672), "cuda_warp_specialised"),
+    (8, dict(group_size=32, N=28672), "cuda_warp_specialised"),
     (8, dict(group_size=32), "cuda_decode"),
-    (9, dict(group_size=32), "cuda_small_batch"),
-    (16, dict(group_size=32), "cuda_small_batch"),
-    (16, dict(group_size=32, K=14336), "gluon_matmul"),
+    (9, dict(group_size=32), "cuda_warp_specialised"),
+    (16, dict(group_size=32), "cuda_warp_specialised"),
+    (16, dict(group_size=32, K=14336), "cuda_warp_specialised"),
     (8, dict(N=512, K=2048), "cuda_decode"),
-    (9, dict(N=512, K=2048), "cuda_small_batch"),
-    (16, dict(group_size=32, N=512, K=2048), "cuda_small_batch"),
+    (9, dict(N=512, K=2048), "cuda_warp_specialised"),
+    (16, dict(group_size=32, N=512, K=2048), "cuda_warp_specialised"),
     (16, dict(group_size=32, capability=(8, 0)), "cuda_decode"),
-    (64, dict(N=512, K=2048), "cuda_small_batch"),
+    (64, dict(N=512, K=2048), "cuda_warp_specialised"),
     (65, dict(N=512, K=2048), "triton_dequantize_cublas"),
-    (17, {}, "cuda_small_batch"),
-    (64, {}, "cuda_small_batch"),
-    (64, dict(dtype=torch.float16, scale_dtype=torch.float32), "cuda_small_batch"),
+    (17, {}, "cuda_warp_specialised"),
+    (64, {}, "cuda_warp_specialised"),
+    (64, dict(dtype=torch.float16, scale_dtype=torch.float32), "cuda_warp_specialised"),
     (65, {}, "gluon_matmul"),
-    (64, dict(N=28672), "gluon_matmul"),
-    (64, dict(K=14336), "gluon_matmul"),
+    (64, dict(N=28672), "cuda_warp_specialised"),
+    (64, dict(K=14336), "cuda_warp_specialised"),
     (64, dict(capability=(10, 0)), "triton_matmul"),
     (4096, {}, "triton_dequantize_cublas"),
     (64, dict(dtype=torch.float32), "triton_matmul"),
@@ -221,7 +223,7 @@ def test_w4a8_serves_few_rows_of_the_coalesced_op_only():
     pytest.importorskip("triton")
     coalesced = dict(op="int4_plain_mm", **H200)
     assert choose(problem(M=8, **coalesced)).name == "cuda_decode_w4a8"
-    assert choose(problem(M=64, **coalesced)).name == "cuda_small_batch"
+    assert choose(problem(M=64, **coalesced)).name == "cuda_warp_specialised"
     assert choose(problem(M=128, **coalesced)).name == "gluon_matmul"
     plain = [k.name for k in registry.kernels("int4_linear")]
     assert not any("w4a8" in name for name in plain)

@@ -6,7 +6,6 @@ from int4q.kernels.cuda.entries import (
     DECODE_ROUNDED,
     EXPERTS_BMM,
     EXPERTS_GROUPED,
-    SMALL_BATCH,
     WARP_SPECIALISED,
 )
 
@@ -16,6 +15,5 @@ __all__ = [
     "DECODE_ROUNDED",
     "EXPERTS_BMM",
     "EXPERTS_GROUPED",
-    "SMALL_BATCH",
     "WARP_SPECIALISED",
 ]

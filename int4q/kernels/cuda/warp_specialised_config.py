@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from int4q import errors
@@ -16,6 +16,11 @@ _REGISTERS = {1: 160, 2: 128, 3: 112, 4: 96}
 
 _SCALE_SUMS_TO = {32: 8, 64: 16, 128: 32, 256: 32}
 """Rows of x up to which it is sums that are scaled, by group size: more take too many registers."""
+
+_LONG_K = 8192
+"""Beyond it, blocks that share tiles are worth adding up their sums."""
+_FULL = 0.8
+"""How full a tile must be for blocks to take whole ones."""
 
 
 class Cut(NamedTuple):
@@ -65,6 +70,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.warpgroups % self.k_parts:
             raise errors.value("warpgroups must be a multiple of k_parts", self)
+        if self.tile_rows % 8 or self.tile_rows > self.capacity:
+            rule = f"tile_rows must be a multiple of 8, at most {self.capacity}"
+            raise errors.value(rule, self.tile_rows)
         if self.even and self.k_parts * self.split > 1:
             raise errors.value("even shares need k_parts = split = 1", self)
 
@@ -128,18 +136,42 @@ class Config:
         return counters + shared * 2 * cut.blocks * warps * cols * 64
 
 
+_FEW_ROWS = (
+    (4, Config(1, 1, 8, tile_rows=64)),
+    (8, Config(1, 1, 4, tile_rows=64)),
+    (16, Config(2, 2, 3, tile_rows=64)),
+    (32, Config(2, 2, 2, most_stages=8)),
+)
+"""Up to so many rows of a multiprocessor. (An H200 holds 66 clusters of 2 such blocks at a time, 39
+of 3, 30 of 4 and 15 of 8.)"""
+
+
 def choose_config(
     M: int, N: int, K: int, group_size: int, symmetric: bool, sm_count: int
 ) -> Config:
     """The configuration for a shape class, as tuned on an H200."""
+    config = _choose_cut(N / max(1, sm_count - 4), K)
     scale_sums = not symmetric and M <= _SCALE_SUMS_TO[group_size]
-    rows = N / (sm_count - 4)  # of a multiprocessor
-    if rows <= 32:
-        return Config(2, 2, 2, scale_sums=scale_sums, chunks=2)
+    wide = config.warpgroups < 4 or (scale_sums and M <= 16)  # whether registers are enough
+    return replace(config, scale_sums=scale_sums, chunks=2 if wide else 1)
+
+
+def _choose_cut(rows: float, K: int) -> Config:
+    """For so many rows of a multiprocessor: a cluster's tile, even shares, or whole tiles."""
+    for most, config in _FEW_ROWS:
+        if rows <= most:
+            return config
     if rows <= 64:
-        return Config(2, 2, 1, scale_sums=scale_sums, chunks=2)
-    if rows <= 128:
-        return Config(2, scale_sums=scale_sums, chunks=2)
-    if rows <= 192:
-        return Config(3, scale_sums=scale_sums, chunks=2)
-    return Config(4, scale_sums=scale_sums, chunks=2 if scale_sums and M <= 16 else 1)
+        if K > _LONG_K:
+            return _even(2)
+        return Config(2, 2, 1, most_stages=8, tile_rows=64)
+    if rows > 256:
+        return _even(4)
+    warpgroups = 2 if rows <= 128 else 3 if rows <= 192 else 4
+    if rows < _FULL * 64 * warpgroups:
+        return _even(warpgroups)
+    return Config(4, 2, 1) if warpgroups == 2 else Config(warpgroups, early=2)
+
+
+def _even(warpgroups: int) -> Config:
+    return Config(warpgroups, even=True, spare=0)

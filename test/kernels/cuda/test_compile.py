@@ -1,4 +1,4 @@
-"""CUDA C++ kernels compile without a GPU, in registers alone: small batch, and rounded decode.
+"""CUDA C++ kernels compile without a GPU, in registers alone: warp-specialised, rounded decode.
 
 With ``nvcc`` at hand its report is read (registers, spills, warnings such as "wgmma serialized");
 else NVRTC compiles; with neither the tests are skipped.
@@ -12,26 +12,13 @@ import pytest
 import torch
 from cuda_cases import Case
 
-from int4q.kernels.cuda import decode, warp_specialised, warp_specialised_config
-from int4q.kernels.cuda import small_batch as cuda_small_batch
-from int4q.kernels.cuda.small_batch import Config, choose_config, defines
+from int4q.kernels.cuda import decode, warp_specialised
+from int4q.kernels.cuda.warp_specialised_config import Config, choose_config
 from int4q.kernels.launch import nvrtc
 from int4q.kernels.launch.planner import Parts
 from int4q.kernels.weight import Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES = [
-    # every configuration that is chosen by itself
-    *(
-        defines(choose_config(N, 132), M, group, BF16, BF16, True, False)
-        for N in (512, 4096, 8192, 21504, 28672)
-        for M, group in ((16, 128), (64, 32))
-    ),
-    defines(choose_config(4096, 132), 40, 256, FP16, FP16, False, False),
-    defines(choose_config(28672, 132), 16, 64, BF16, FP32, True, True),
-    defines(Config(4, 1, 4, 2, 9, split=2), 24, 64, FP16, BF16, False, False),
-]
-UNIQUE = list({str(case): case for case in CASES}.values())
 
 
 def rounded_defines(M: int, N: int, group_size: int) -> dict[str, int]:
@@ -56,13 +43,8 @@ def test_rounded_decode_compiles_in_registers(M, N, group_size, tmp_path):
     compile_in_registers(decode.source(), case, "int4_decode", tmp_path)
 
 
-@pytest.mark.parametrize("case", UNIQUE, ids=lambda case: "-".join(map(str, case.values())))
-def test_compiles_in_registers(case, tmp_path):
-    compile_in_registers(cuda_small_batch._source(), case, "int4_small_batch", tmp_path)
-
-
-def warp_specialised_defines(case: Case) -> dict[str, int]:
-    """The warp-specialised kernel's compile-time parameters on an H200."""
+def facts(case: Case) -> Parts:
+    """Tensors such as a case has, without values."""
     N, K, group_size = case.N, case.K, case.group_size
     scale = torch.empty(K // group_size, N, dtype=case.scale)
     if case.coalesced:
@@ -70,17 +52,13 @@ def warp_specialised_defines(case: Case) -> dict[str, int]:
     packed = torch.empty(N, K // 2, dtype=torch.int8)
     zeros = None if case.symmetric else scale
     weight = Weight(packed, scale, zeros, group_size, signed=not case.symmetric)
-    parts = Parts(torch.empty(case.M, K, dtype=case.x), weight, None, None)
-    config = warp_specialised_config.choose_config(
-        case.M, N, K, group_size, case.symmetric, sm_count=132
-    )
-    return warp_specialised.defines(parts, config)
+    return Parts(torch.empty(case.M, K, dtype=case.x), weight, None, None)
 
 
 WARP_SPECIALISED_CASES = [
     *(
         Case(M, N, 4096, group_size)
-        for N in (512, 4096, 8192, 12288, 21504, 28672)
+        for N in (4096, 12288, 21504, 28672)
         for M, group_size in ((16, 128), (64, 32))
     ),
     *(Case(M, 28672, 4096, group_size) for M, group_size in ((8, 32), (32, 128), (40, 256))),
@@ -94,8 +72,10 @@ WARP_SPECIALISED_CASES = [
 
 @pytest.mark.parametrize("case", WARP_SPECIALISED_CASES, ids=str)
 def test_warp_specialised_compiles_in_registers(case, tmp_path):
-    facts = warp_specialised_defines(case)
-    compile_in_registers(warp_specialised.source(), facts, "int4_warp_specialised", tmp_path)
+    sizes = case.M, case.N, case.K, case.group_size
+    config = choose_config(*sizes, case.symmetric, sm_count=132)
+    defines = warp_specialised.defines(facts(case), config)
+    compile_in_registers(warp_specialised.source(), defines, "int4_warp_specialised", tmp_path)
 
 
 def compile_in_registers(source: str, case: dict[str, int], kernel: str, tmp_path) -> None:
@@ -123,16 +103,47 @@ def compile_in_registers(source: str, case: dict[str, int], kernel: str, tmp_pat
     assert set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}, report
 
 
-@pytest.mark.parametrize("N", [1, 512, 1024, 4096, 8192, 21504, 28672, 1 << 20])
+@pytest.mark.parametrize("N", [1, 512, 1024, 4096, 8192, 12288, 21504, 28672, 1 << 20])
 def test_chosen_configurations_fit_into_shared_memory(N):
-    config = choose_config(N, 132)
-    for cols in range(8, cuda_small_batch.MAX_M + 1, 8):
-        for scale_bytes in (0, 2, 4, 8):
-            fitted = config.fit(cols, scale_bytes)
-            assert fitted.shared_bytes(cols, scale_bytes) <= 227 * 1024
-            assert fitted.x_stages > 2 * fitted.k_parts and fitted.stages >= 2
+    for M in range(8, warp_specialised.MAX_M + 1, 8):
+        for group_size in (32, 64, 128, 256):
+            for scale in (FP32, BF16):
+                parts = facts(Case(M, 8, group_size, group_size, BF16, scale))
+                config = choose_config(M, N, 4096, group_size, False, sm_count=132)
+                stage = warp_specialised.stage_bytes(parts, config)
+                assert config.stages(stage) >= 2 and config.stages(stage) % config.k_parts == 0
+                assert config.shared_bytes(stage) <= 227 * 1024
+
+
+@pytest.mark.parametrize("N", [1, 8, 600, 4096, 12352, 28672, 57344, 128256])
+@pytest.mark.parametrize("cut", [(4,), (1, 1, 1, True), (2, 2, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_tiles_hold_every_row(N, cut):
+    config = Config(*cut)
+    found = config.cut(N, steps=3, sm_count=132)
+    assert found.tile_rows % 8 == 0 and found.tile_rows <= config.capacity
+    assert found.tiles * found.tile_rows >= N
+    if config.k_parts * config.split > 1:
+        assert found.blocks == found.tiles * config.split
+    else:
+        assert found.blocks <= 132 and (config.even or found.tiles % found.blocks == 0)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(warpgroups=3, k_parts=2), "warpgroups must be a multiple of k_parts"),
+        (dict(even=True, split=2), "even shares need k_parts = split = 1"),
+        (dict(tile_rows=20), "tile_rows must be a multiple of 8, at most 256"),
+        (dict(warpgroups=1, tile_rows=72), "tile_rows must be a multiple of 8, at most 64"),
+    ],
+)
+def test_configurations_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**arguments)
 
 
 def test_a_configuration_that_cannot_fit_is_refused():
-    with pytest.raises(ValueError, match="more shared memory than there is for 64 columns"):
-        Config(4, 2, 2, 3, 5).fit(64, 4)
+    parts = facts(Case(64, 8, 32, 32, BF16, FP32))
+    config = Config(4, 4)
+    with pytest.raises(ValueError, match="needs more shared memory than there is"):
+        config.stages(warp_specialised.stage_bytes(parts, config) * 2)

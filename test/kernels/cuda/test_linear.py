@@ -5,22 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_cases import BF16, DECODE, FP16, FP32, INT8, SMALL_BATCH, Case, inputs
+from cuda_cases import BF16, DECODE, FP16, FP32, INT8, WARP_SPECIALISED, Case, inputs
 from helpers import needs_hopper
 from weights import coalesced_scales, shifted
 
-from int4q.kernels.cuda import decode, small_batch
+from int4q.kernels.cuda import decode, warp_specialised
 from int4q.kernels.launch.planner import Parts
 from int4q.kernels.registry import Problem
 from int4q.kernels.weight import Weight
 
 
-def each(decode_cases, small_batch_cases):
+def each(decode_cases, warp_specialised_cases):
     """Parametrises a test on a GPU over ``kernel, case``."""
     gpu = pytest.mark.gpu
     kernels = (
         ("decode", DECODE, decode_cases, [gpu]),
-        ("small_batch", SMALL_BATCH, small_batch_cases, [gpu, needs_hopper]),
+        ("warp_specialised", WARP_SPECIALISED, warp_specialised_cases, [gpu, needs_hopper]),
     )
     return pytest.mark.parametrize(
         "kernel,case",
@@ -161,7 +161,8 @@ def test_byte_offsets_past_31_bits(kernel, case):
 
 
 KERNELS = pytest.mark.parametrize(
-    "kernel", [pytest.param(DECODE, id="decode"), pytest.param(SMALL_BATCH, id="small_batch")]
+    "kernel",
+    [pytest.param(DECODE, id="decode"), pytest.param(WARP_SPECIALISED, id="warp_specialised")],
 )
 SMALL = Case(4, 64, 256)
 
@@ -222,13 +223,13 @@ REFUSALS = [
     (decode, {"M": decode.MAX_M + 1}, "at most 16, got 17"),
     (decode, {"capability": (7, 5)}, "capability must be 8.0 or later, got 7.5"),
     (decode, {"dtype": torch.float64}, "x must be .* got torch.float64"),
-    (small_batch, {"M": small_batch.MAX_M + 1}, "at most 64, got 65"),
-    (small_batch, {"capability": (8, 0)}, "needs compute capability 9.0 .* got 8.0"),
-    (small_batch, {"capability": (10, 0)}, "needs compute capability 9.0 .* got 10.0"),
-    (small_batch, {"dtype": FP32}, "x must be .* got torch.float32"),
+    (warp_specialised, {"M": warp_specialised.MAX_M + 1}, "at most 64, got 65"),
+    (warp_specialised, {"capability": (8, 0)}, "needs compute capability 9.0 .* got 8.0"),
+    (warp_specialised, {"capability": (10, 0)}, "needs compute capability 9.0 .* got 10.0"),
+    (warp_specialised, {"dtype": FP32}, "x must be .* got torch.float32"),
     *(
         (module, change, message)
-        for module in (decode, small_batch)
+        for module in (decode, warp_specialised)
         for change, message in (
             ({"K": 192, "group_size": 128}, "multiple of group_size=128, got 192"),
             ({"K": 144, "group_size": 48}, "group_size must be one of .* got 48"),
@@ -250,6 +251,6 @@ def test_what_a_kernel_lacks_is_a_reason(module, change, message):
         raise ValueError(module.unsupported(replace(RUNS, **change)))
 
 
-@pytest.mark.parametrize("module", [decode, small_batch])
+@pytest.mark.parametrize("module", [decode, warp_specialised])
 def test_the_most_rows_run(module):
     assert module.unsupported(replace(RUNS, M=module.MAX_M)) is None
