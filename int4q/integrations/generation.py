@@ -1,5 +1,6 @@
-"""``cuda_graph_generate``: transformers' ``generate``, the forward of a token one CUDA graph or, on a
-CPU, one compiled graph.
+"""``cuda_graph_generate``: transformers' ``generate``, the forward of a token one CUDA graph.
+
+On a CPU, where there are none, the forward runs as it is or compiled.
 
     model.generate(ids, custom_generate=int4q.cuda_graph_generate)
 
@@ -60,8 +61,8 @@ def cuda_graph_generate(
     :func:`drop_cuda_graphs` frees them, as does the end of the model. A changed model is captured
     anew. Threads do not share them.
 
-    On a CPU there are no graphs: the same loop runs the forward as it is, or compiled, and a token's
-    attention as two products (:mod:`~int4q.integrations.decode_attention`).
+    On a CPU there are no graphs: the same loop runs the forward as it is, or compiled, and the
+    attention of a token as two products.
 
     Where the model is on neither, or it, its cache or a request does not fit in a graph, a
     :class:`GraphFallbackWarning` says why and transformers' own loop runs; if only the capture
