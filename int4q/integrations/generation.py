@@ -62,7 +62,7 @@ def cuda_graph_generate(
     anew. Threads do not share them.
 
     On a CPU there are no graphs: the same loop runs the forward as it is, or compiled, and the
-    attention of a token as two products.
+    attention of a token as two products, which rounds in another order.
 
     Where the model is on neither, or it, its cache or a request does not fit in a graph, a
     :class:`GraphFallbackWarning` says why and transformers' own loop runs; if only the capture
