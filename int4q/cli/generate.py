@@ -31,7 +31,8 @@ def run(
     held: Any
     held, tokenizer = int4q.load(model, device=device)
     int4q.prepare_for_inference_(held, fuse=True)
-    loop = {"custom_generate": int4q.cuda_graph_generate} if held.device.type == "cuda" else {}
+    fits = held.device.type in ("cuda", "cpu")
+    loop = {"custom_generate": int4q.cuda_graph_generate} if fits else {}
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:

@@ -1,5 +1,7 @@
 """``cuda_graph_generate``: transformers' ``generate``, the forward of a token one CUDA graph.
 
+On a CPU, where there are none, the forward runs as it is or compiled.
+
     model.generate(ids, custom_generate=int4q.cuda_graph_generate)
 
 transformers' own loop leaves a GPU waiting for Python between the kernels of a token.
@@ -59,7 +61,10 @@ def cuda_graph_generate(
     :func:`drop_cuda_graphs` frees them, as does the end of the model. A changed model is captured
     anew. Threads do not share them.
 
-    Where there is no CUDA device, or the model, its cache or a request does not fit in a graph, a
+    On a CPU there are no graphs: the same loop runs the forward as it is, or compiled, and the
+    attention of a token as two products, which rounds in another order.
+
+    Where the model is on neither, or it, its cache or a request does not fit in a graph, a
     :class:`GraphFallbackWarning` says why and transformers' own loop runs; if only the capture
     fails, this one does without.
 

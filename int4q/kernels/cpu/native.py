@@ -40,7 +40,8 @@ class Product(enum.IntEnum):
     """What a weight and an activation are in the products of :func:`linear`; sums are float32."""
 
     EXACT = 0
-    """Weights as they are; ``x`` in 16-bit (float32: 24-bit) fixed point by blocks of eight."""
+    """Weights as they are; ``x`` as it is where the CPU multiplies bfloat16 (AVX-512), else in
+    16-bit (float32: 24-bit) fixed point by blocks of eight."""
     BF16 = 1
     """Weights rounded once to bfloat16, ``x`` bfloat16; no zero points."""
     INT8 = 2

@@ -10,13 +10,13 @@
 INLINE TARGET_512 void convert_kind(const int4q_args *a, const void *p, const int64_t kind,
                                     int64_t stride_g, int64_t stride_n, int64_t n0, int blocks,
                                     int64_t step, int64_t count, float *to, int64_t size) {
-    const int all_rows = n0 + blocks * ROWS <= a->N;
+    const int all_rows = n0 + blocks * ROWS <= a->N, shift = __builtin_ctzll(a->group / step);
     for (int64_t i = 0; i < count; i++)
         for (int b = 0; b < blocks; b++) {
-            const int64_t n = n0 + b * ROWS, k = i * step;
+            const int64_t n = n0 + b * ROWS;
             const __mmask16 rows = all_rows ? 0xffff : lanes(a->N - n);
-            const __m512 entries = load_params(p, kind, stride_g, stride_n, k / a->group, n,
-                                               p && k < a->K ? rows : 0);
+            const __m512 entries = load_params(p, kind, stride_g, stride_n, i >> shift, n,
+                                               p && i * step < a->K ? rows : 0);
             _mm512_store_ps(to + b * size + i * ROWS, entries);
         }
 }

@@ -81,8 +81,7 @@ INLINE int64_t useful_threads(const int4q_args *a, int64_t pieces, int64_t work)
  * ------------------------------------------------------------------------------------------- */
 
 enum { UNIT_K = 128, SPAN_K = 256, MAX_CHUNK_M = 8, ROWS = 16, MAX_R = 4 };
-enum { FORMS = 6 };
-enum { X_INT8 = 1, X_INT16 = 2, X_INT24 = 3, X_BF16 = 4, X_FLOAT = 5, X_BF16_EXACT = 6 };
+enum { X_INT8 = 1, X_INT16 = 2, X_INT24 = 3, X_BF16 = 4, X_FLOAT = 5, X_BF16_EXACT = 6, FORMS = 6 };
 
 INLINE int64_t unit_bytes(int form) {
     if (form == X_BF16 || form == X_BF16_EXACT) return 4 * 64;
@@ -138,9 +137,10 @@ INLINE turned_x chunk_of(const all_x *x, int64_t chunk) {
     return t;
 }
 
-/* Parameters of blocks of 16 rows, float: as an instruction set's products want the scales (no more
- * than scale_size of a block), zero points as [G][16 rows]. They are converted for a batch of blocks
- * at a time, because the entries of another g may lie in another page. */
+/* Parameters of blocks of 16 rows, float: scales as [K / step][16 rows], a step a group or, where
+ * those are shorter than a unit, 32; zero points as [G][16 rows]. They are converted for a batch of
+ * blocks at a time, because the entries of another g may lie in another page; a batch is short,
+ * because nothing is done beside its first one's conversion. */
 enum { MAX_BLOCKS = 4 };
 
 typedef struct {

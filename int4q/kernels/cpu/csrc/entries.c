@@ -66,6 +66,9 @@ typedef struct {
 } decode_job;
 
 static void decode_part(const decode_job *job, int64_t part, int64_t parts) {
+    const range blocks = share(job->blocks, part, parts);
+    for (int64_t i = 0; i < job->params.blocks; i++) /* on their way while x is turned */
+        prefetch_params(job->a, &job->params, blocks.begin * ROWS, i);
     const range spans = share(job->spans * job->a->M, part, parts);
     for (int64_t i = spans.begin; i < spans.end; i++) {
         const int64_t m = i / job->spans;
@@ -78,7 +81,7 @@ static void decode_part(const decode_job *job, int64_t part, int64_t parts) {
     block_params params = job->params;
     params.scale += part * job->params_size;
     params.zero += part * job->params_size;
-    job->kernels->decode_blocks(job->a, job->x, share(job->blocks, part, parts), &params);
+    job->kernels->decode_blocks(job->a, job->x, blocks, &params);
 }
 
 EXPORT int int4q_decode(const int4q_args *a) {

@@ -9,7 +9,8 @@
  *
  * int4q_decode   a few rows: the weights are read as they are stored, eight rows of x at a time.
  *                What a weight and an activation are in the products is the caller's choice:
- *                  PRODUCT_EXACT    weights as they are; x as 16 or 24 bit fixed point
+ *                  PRODUCT_EXACT    weights as they are; x as it is where the CPU multiplies bf16
+ *                                   (x bf16, AVX-512), else as 16 or 24 bit fixed point
  *                  PRODUCT_BF16     x bf16, weights rounded once to bf16; no zero points; AVX-512
  *                  PRODUCT_INT8     weights as they are; x as int8, a scale for 32
  *                Sums are float32. INT4Q_OUT_OF_RANGE: done, and rows of x that fixed point cannot
