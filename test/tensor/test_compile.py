@@ -36,7 +36,12 @@ def cases():
     two, three = parts(), parts((2,))
     coalesced = two[0], two[1].mT.contiguous(), two[2].mT.contiguous(), 32
     packed = CpuPackedInt4Tensor.from_hp(torch.randn(16, 64), [1, 32], packing="aten")
+    index = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    position = torch.tensor([0, 4, 2, 1, 5, 3], dtype=torch.int32)
+    routed = torch.randn(6, 4, requires_grad=True), position, index, torch.rand(3, 2), 2
     return {
+        "experts_combine": routed,
+        "experts_permute": (index, 2),
         "int4_linear": (x, *two, bias),
         "int4_linear_fp8": (x, *two, bias),
         "fp8_rows": (x, torch.rand(64)),
