@@ -22,6 +22,8 @@ from int4q.kernels.weight import Weight
 DECODE_MAX_M = {torch.bfloat16: 16, torch.float16: 256, torch.float32: 128}
 """Rows of ``x`` up to which the decode kernel beats dequantising blocks for torch's own product,
 where both have AVX-512."""
+BF16_DECODE_MAX_M = 64
+"""The same for bfloat16 ``x`` where AVX-512 multiplies bfloat16."""
 NARROW_DECODE_MAX_M = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
 """The same for narrower registers: AVX2 and NEON."""
 TILES_MIN_M = 5
@@ -90,7 +92,10 @@ def _features() -> int:
 
 def decode_max_m(dtype: torch.dtype) -> int:
     """Rows of such an ``x`` up to which the decode kernel is faster than blocks on this CPU."""
-    return (DECODE_MAX_M if _features() & _AVX512 else NARROW_DECODE_MAX_M)[dtype]
+    wide = _features() & _AVX512
+    if wide and _features() & _BF16 and dtype == torch.bfloat16:
+        return BF16_DECODE_MAX_M
+    return (DECODE_MAX_M if wide else NARROW_DECODE_MAX_M)[dtype]
 
 
 def has_fast_bf16() -> bool:
