@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from int4q.bench.report import pyplot
+
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of ``result``, one for each instruction set and number of threads."""
@@ -44,14 +46,8 @@ def _table(run: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Times faster than bf16 over the rows of x, a line each instruction set; the first layer."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     first = result["runs"][0]["linear"][0]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for run in result["runs"]:

@@ -24,6 +24,7 @@ import torch
 import int4q
 from int4q.bench.cpu import cpu_name
 from int4q.bench.models import Contender, contenders, load
+from int4q.bench.report import pyplot
 
 WAYS = ("eager", "graph", "static", "graph + compile")
 PROMPT = 16
@@ -212,14 +213,8 @@ def _cell(way: dict[str, float] | None, base: dict[str, float] | None) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars of tokens a second, a group of them a contender."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [row["name"] for row in result["rows"]]
     figure, axes = plt.subplots(figsize=(2 + 1.2 * len(names), 4), layout="constrained")
     width = 0.8 / len(result["ways"])

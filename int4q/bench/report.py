@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 BASE = "int4q plain"
+
+
+def pyplot() -> Any:
+    """``matplotlib.pyplot`` drawing to files, or ``None``, said, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def _floor_us(row: dict, ceilings: dict) -> tuple[float, float]:
@@ -91,14 +105,8 @@ def _means(result: dict, names: list[str]) -> list[str]:
 
 def plots(result: dict, out: Path) -> list[Path]:
     """Time against M for each shape and group, one line a library, with both floors."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     paths = []
     for group in sorted({row["group_size"] for row in result["rows"]}):
         rows = [r for r in result["rows"] if r["group_size"] == group]

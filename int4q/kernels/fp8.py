@@ -24,15 +24,10 @@ ROWS = "fp8_rows"
 def quantize_rows(
     x: Tensor, act_pre_scale: Tensor | None, preference: KernelPreference
 ) -> tuple[Tensor, Tensor]:
-    """:func:`reference.fp8_rows` of ``x [M, K]``, by Triton where it runs.
-
-    A preference for a backend that has only matmuls leaves this step free.
-    """
-    if preference not in (KernelPreference.TORCH, KernelPreference.TRITON):
-        preference = KernelPreference.AUTO
+    """:func:`reference.fp8_rows` of ``x [M, K]``, by Triton where it runs."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     facts = (ROWS, x.device.type, x.dtype, x.dtype, x.shape[0], 0, x.shape[1], 0, capability)
-    return registry.route(preference, *facts).run(x, act_pre_scale)
+    return registry.route(registry.of_no_product(preference), *facts).run(x, act_pre_scale)
 
 
 def scaled_back(y: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -160,6 +160,12 @@ def explain(problem: Problem) -> list[tuple[str, str, str | None]]:
     return [(k.name, k.backend.value, k.unsupported(problem)) for k in kernels(problem.op)]
 
 
+def of_no_product(preference: KernelPreference) -> KernelPreference:
+    """For an op that is no product: a backend that has only products leaves it free."""
+    free = preference not in (KernelPreference.TORCH, KernelPreference.TRITON)
+    return KernelPreference.AUTO if free else preference
+
+
 def preference() -> KernelPreference:
     """The preference in force in this context."""
     return _PREFERENCE.get()

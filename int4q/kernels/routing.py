@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from int4q.kernels import registry
-from int4q.kernels.registry import KernelPreference
 
 PERMUTE = "experts_permute"
 COMBINE = "experts_combine"
@@ -60,12 +59,6 @@ def combine(
 
 
 def run(op: str, x: Tensor, S: int, *rest: object) -> object:
-    """``op`` with ``x`` as its first argument, by Triton where it runs.
-
-    A preference for a backend that has only matmuls leaves these steps free.
-    """
-    preference = registry.preference()
-    if preference not in (KernelPreference.TORCH, KernelPreference.TRITON):
-        preference = KernelPreference.AUTO
+    """``op`` with ``x`` as its first argument, by Triton where it runs."""
     facts = op, x.device.type, x.dtype, x.dtype, S, 0, 0, 0, None
-    return registry.route(preference, *facts).run(x, *rest)
+    return registry.route(registry.of_no_product(registry.preference()), *facts).run(x, *rest)
