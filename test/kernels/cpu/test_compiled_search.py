@@ -38,7 +38,8 @@ def test_as_good_as_in_torch(rows, n_groups, group_size, settings):
     assert (ratio.log().abs() < 1e-3).float().mean() > 0.97  # (the rest met a tie the other way)
     assert ratio.max() < 1.1 and abs(ratio.mean() - 1) < 1e-3
     for x, y in zip(got, expected, strict=True):
-        assert torch.isclose(x, y, rtol=1e-3, atol=1e-6).float().mean() > 0.9
+        # 0.98 and more, but one tie among 16 groups is 0.94
+        assert torch.isclose(x, y, rtol=1e-3, atol=1e-6).float().mean() > 0.93
 
 
 def test_importance_of_one_group_for_all_and_any_strides():
